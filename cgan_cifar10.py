@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: MIT
+"""Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator draws it.
+
+Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784.
+
+    python cgan_cifar10.py --epochs 200               train; everything goes to outputs/cgan_cifar10
+    python cgan_cifar10.py --epochs 300 --resume       go on with that run, up to 300 epochs in all
+    python cgan_cifar10.py --generate 25 --label horse    draw 25 horses
+"""
+import argparse, contextlib, copy, io, os, shlex, sys, time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+from torchvision import datasets
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+SCRIPT = "cgan_cifar10"  # marks what is saved: a renamed copy of this file still reads it
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+# ---- networks
+class Generator(nn.Module):
+    """Turns normal noise (n, latent_dim) and labels (n,) into images (n, 3, 32, 32) in [-1, 1]."""
+    def __init__(self, latent_dim=100, width=32):
+        super().__init__()
+        self.latent_dim, self.width = latent_dim, width
+        self.network = nn.Sequential(
+            # a transposed convolution over a 1x1 image is this matrix product, only slower
+            nn.Linear(latent_dim + len(CLASSES), 8 * width * 4 * 4, bias=False),
+            nn.Unflatten(1, (8 * width, 4, 4)),
+            nn.BatchNorm2d(8 * width), nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(8 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 8x8
+            nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 16x16
+            nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # 32x32
+            nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, 3, 3, padding=1), nn.Tanh(),
+        )
+
+    def forward(self, noise, labels):
+        return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
+
+class Discriminator(nn.Module):
+    """Judges images (n, 3, 32, 32) by logits (n,): above 0 for a real one of its label (n,).
+
+    Each class has its own logit of common features: a projection (arXiv:1802.05637).
+    """
+    def __init__(self, width=32):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True),  # 16x16
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),  # 8x8
+            nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 4x4
+            nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(4 * width, 8 * width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8 * width), nn.LeakyReLU(0.2, inplace=True),
+            nn.Flatten(), nn.Linear(8 * width * 4 * 4, len(CLASSES)),
+        )
+
+    def forward(self, images, labels):
+        logits = self.network(images).gather(1, labels.unsqueeze(1))
+        return logits.squeeze(1).float()  # bf16 has too few digits for the loss
+
+def initialize_weights(layer):
+    """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""
+    if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+
+# ---- losses (arXiv:1406.2661): BCE on logits, which can't overflow as Sigmoid and BCELoss can
+def discriminator_loss(real_logits, fake_logits):
+    """Return the mean of -log D(real) - log(1 - D(fake)) over logits (n,), D their sigmoid."""
+    real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
+    fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
+    return real + fake
+
+def generator_loss(fake_logits):
+    """Return the mean of -log D(fake) over logits (n,): the paper's "non-saturating" loss."""
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+# ---- data
+def load_images(folder):
+    """Return CIFAR-10's training images, uint8 (50000, 3, 32, 32), and labels (50000,)."""
+    with explain(f"no usable CIFAR-10 in {folder}: put {datasets.CIFAR10.filename} there, from "
+                 f"{datasets.CIFAR10.url}"):
+        dataset = datasets.CIFAR10(folder, train=True, download=True)
+        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
+
+# ---- outputs
+DIGITS = "[0-9]" * 4
+RUN_FILES = ["real.png", f"samples/epoch_{DIGITS}.png", "samples.gif", "losses.csv", "losses.png",
+             "generator.pt", f"weights/epoch_{DIGITS}.pt", "checkpoint.pt"]  # in this order to go
+
+class UsageError(Exception):
+    """A mistake that its maker can mend: main prints it as one line and exits with status 2."""
+
+@contextlib.contextmanager
+def explain(message):
+    """Turn an error inside the block into a UsageError that begins with `message`."""
+    try:
+        yield
+    except Exception as error:  # the libraries below raise a dozen kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise UsageError(f"{message} ({reason})") from error
+
+def write_file(path, save):
+    """Write what `save(file)` writes; a kill or a full disk leaves the old file or the new one."""
+    content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    save(content)
+    with explain(f"can't write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content.getbuffer())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+def save_grid(path, images, columns=10, names=()):
+    """Write images (n, C, H, W) in [0, 1] as a PNG of twice their size; `names`: of its rows."""
+    grid = make_grid(F.interpolate(images.cpu(), scale_factor=2), columns, pad_value=1.0)
+    picture = to_pil_image(F.pad(grid, (80 if names else 0, 0), value=1.0))
+    for row, name in enumerate(names):
+        place = (4, (row + 0.4) * picture.height / len(names))
+        ImageDraw.Draw(picture).text(place, name, fill="black")
+    write_file(path, lambda file: picture.save(file, "PNG"))
+
+def save_losses(folder, rows):
+    """Write losses.csv and its plot; rows: epoch, step, both losses, seconds of training."""
+    text = "epoch,step,discriminator_loss,generator_loss,seconds\n"
+    text += "".join("{},{},{},{},{:.3f}\n".format(*row) for row in rows)
+    write_file(folder / "losses.csv", lambda file: file.write(text.encode()))
+    axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss")
+    for column, name in ((2, "discriminator"), (3, "generator")):
+        axes.plot([row[1] for row in rows], [row[column] for row in rows], label=name)
+    axes.legend()
+    write_file(folder / "losses.png", lambda file: axes.figure.savefig(file, format="png"))
+
+def save_epoch(args, epoch, parts, rows):
+    """Write an epoch's files: checkpoint.pt last, for it says that the others are there."""
+    folder, average = args.output_dir, parts["average"]
+    for averaged, live in zip(average.buffers(), parts["generator"].buffers()):
+        averaged.copy_(live)  # BatchNorm's statistics are averages already
+    if epoch % args.sample_every == 0 or epoch == args.epochs:
+        torch.manual_seed(args.seed)  # the same noise each time: one can watch a digit form
+        labels = torch.arange(len(CLASSES)).repeat_interleave(10)
+        save_grid(folder / f"samples/epoch_{epoch:04}.png", sample(average, labels), names=CLASSES)
+    if epoch == 0:
+        return
+    save_losses(folder, rows)
+    weights = {SCRIPT: {"latent_dim": average.latent_dim, "width": average.width,
+                        "generator": average.state_dict()}}
+    write_file(folder / "generator.pt", lambda file: torch.save(weights, file))
+    if epoch % args.save_every == 0:
+        write_file(folder / f"weights/epoch_{epoch:04}.pt", lambda file: torch.save(weights, file))
+    checkpoint = {SCRIPT: {"epoch": epoch, "rows": rows,
+                           "settings": {name: getattr(args, name) for name in SETTINGS},
+                           "parts": {name: part.state_dict() for name, part in parts.items()}}}
+    write_file(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+# ---- training
+def train(args, checkpoint=None):
+    """Train as the command line's `args` say, from the start or from a loaded `checkpoint`."""
+    device, folder = torch.device(args.device), args.output_dir
+    images, labels = (part.to(device) for part in load_images(args.data_dir))  # no DataLoader
+    steps = len(images) // args.batch_size  # in an epoch; an incomplete batch is left out
+    if steps == 0:
+        raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
+    torch.manual_seed(args.seed)
+    generator, discriminator = Generator(args.latent_dim), Discriminator()
+    for network in (generator, discriminator):
+        network.apply(initialize_weights).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(generator).requires_grad_(False).eval()
+    adam = {"lr": args.lr, "betas": (args.beta1, 0.999), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    parts = {"generator": generator, "discriminator": discriminator, "average": average,
+             "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    done, rows, seconds = 0, [], 0.0
+    if checkpoint:
+        with explain(f"{folder}/checkpoint.pt doesn't fit these networks"):
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
+            done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
+        for group in optimizer_g.param_groups + optimizer_d.param_groups:
+            group["lr"] = args.lr  # load_state_dict brought the old one back
+    elif args.overwrite:
+        for path in [path for name in RUN_FILES for path in folder.glob(name)]:
+            path.unlink()
+        args.overwrite = False  # for main, should Ctrl-C come now
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
+    bf16 = fast if args.precision == "auto" else args.precision == "bf16"
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
+    print(f"{device}, {'bf16' if bf16 else 'fp32'}{' (slow here)' if bf16 and not fast else ''}, "
+          f"{len(images):,} images, {sizes[0]:,} parameters in the generator and {sizes[1]:,} in "
+          f"the discriminator, output in {folder}", flush=True)
+    shown = torch.cat([(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))])
+    save_grid(folder / "real.png", images[shown] / 255, names=CLASSES)
+    save_epoch(args, done, parts, rows)
+    step, one = done * steps, torch.ones((), device=device)
+    totals = torch.zeros(3, device=device)  # both losses and their number since the last row
+    for epoch in range(done + 1, args.epochs + 1):
+        torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
+        start = time.perf_counter() - seconds
+        order = torch.randperm(len(images), device=device)[:steps * args.batch_size]
+        bar = tqdm(order.split(args.batch_size), f"Epoch {epoch}/{args.epochs}", leave=False,
+                   disable=None)  # None: no bar in a log file
+        for index in bar:
+            step += 1
+            label = labels[index]
+            real = images[index] / 127.5 - 1  # to [-1, 1], as Tanh draws
+            real = torch.where(torch.rand_like(real[:, :1, :1, :1]) < 0.5, real, real.flip(3))
+            real = real.contiguous(memory_format=torch.channels_last)
+            noise = torch.randn(args.batch_size, args.latent_dim, device=device)
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                fake = generator(noise, label)
+                real_logits = discriminator(real, label)
+                fake_logits = discriminator(fake.detach(), label)
+            loss_d = discriminator_loss(real_logits, fake_logits)
+            optimizer_d.zero_grad()
+            loss_d.backward()
+            optimizer_d.step()
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                fake_logits = discriminator(fake, label)  # the same images serve both steps
+            loss_g = generator_loss(fake_logits)
+            optimizer_g.zero_grad()
+            loss_g.backward(inputs=list(generator.parameters()))  # and not the discriminator's
+            optimizer_g.step()
+            for averaged, live in zip(average.parameters(), generator.parameters()):
+                averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
+
+            totals += torch.stack((loss_d.detach(), loss_g.detach(), one))  # no wait, as .item()
+            if step % 50 == 0 and not bar.disable:
+                bar.set_postfix(D=loss_d.item(), G=loss_g.item())
+            if step % args.log_every == 0 or step == epoch * steps:
+                weights = (*generator.parameters(), *discriminator.parameters())
+                if not all(tensor.isfinite().all() for tensor in (totals, *weights)):
+                    raise UsageError(f"the loss is no number any more at step {step}: try a "
+                                     "lower --lr, --precision fp32 or another --seed")
+                mean_d, mean_g, _ = (totals / totals[2]).tolist()
+                rows.append([epoch, step, mean_d, mean_g, time.perf_counter() - start])
+                totals.zero_()
+                if step % args.log_every == 0:
+                    tqdm.write(f"Step {step}: Generator loss: {mean_g:.3f}, "
+                               f"discriminator loss: {mean_d:.3f}")
+        spent, seconds = rows[-1][4] - seconds, rows[-1][4]
+        print(f"Epoch {epoch}/{args.epochs}: {spent:.1f} s, {len(order) / spent:,.0f} images/s",
+              flush=True)
+        save_epoch(args, epoch, parts, rows)
+    grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
+    *others, first = map(Image.open, grids[::-1][::len(grids) // 50 + 1])  # some 50, with the last
+    write_file(folder / "samples.gif", lambda file: first.save(
+        file, "GIF", save_all=True, append_images=others[::-1], duration=200, loop=0))
+    print(f"Finished: pictures, losses and weights are in {folder}. Draw more with: "
+          + shlex.join(["python", sys.argv[0], "--generate", "10", "--output-dir", str(folder)]))
+
+# ---- sampling
+def load_generator(path, device="cpu"):
+    """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
+    with explain(f"{path} holds no generator of {SCRIPT}; python {sys.argv[0]} trains one"):
+        # tensors and plain values only: no code that the file may hold is run
+        saved = torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
+        generator = Generator(saved["latent_dim"], saved["width"])
+        generator.load_state_dict(saved["generator"])
+    return generator.to(device).eval()
+
+@torch.no_grad()
+def sample(generator, labels):
+    """Draw images of labels (n,), (n, 3, 32, 32) in [0, 1]; torch.manual_seed governs which."""
+    labels, noise = torch.as_tensor(labels), torch.randn(len(labels), generator.latent_dim)
+    inputs = [part.to(next(generator.parameters()).device).split(500) for part in (noise, labels)]
+    return torch.cat([generator(*part) for part in zip(*inputs)]).add(1).div(2)
+
+def generate(args):
+    """Draw args.generate images of args.label, or of each class, into a PNG and print its path."""
+    generator = load_generator(args.weights or args.output_dir / "generator.pt", args.device)
+    torch.manual_seed(args.seed)
+    every = args.label is None
+    labels = torch.tensor(range(len(CLASSES)) if every else [args.label])
+    title = "every_class" if every else CLASSES[args.label].replace("/", "_").replace(" ", "_")
+    path = args.output_dir / f"generated_{title}_seed_{args.seed}.png"
+    images = sample(generator, labels.repeat_interleave(args.generate))
+    save_grid(path, images, *((args.generate, CLASSES) if every else ()))
+    print(path)
+
+# ---- command line
+FIXED = ["batch_size", "beta1", "latent_dim", "seed"]  # of a run: --resume can't change them
+SETTINGS = [*FIXED, "epochs", "lr", "precision", "sample_every", "log_every", "save_every"]
+
+def number(kind, low, high):
+    """Return an argparse type: an int or a float from `low` to `high`."""
+    def parse(text):
+        if not low <= kind(text) <= high:  # NaN is refused too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+def find_label(text):
+    """Return the label that `text` means: a number, a name or the beginning of one, in any case."""
+    found = [label for label, name in enumerate(CLASSES)
+             if text == str(label) or name.lower().startswith(text.lower())]
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} doesn't say which of {', '.join(CLASSES)}")
+    return found[0]
+
+def parse_args(argv):
+    """Return the arguments and, with --resume, the run's checkpoint; raise UsageError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # so that an error is a line
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, whole = parser.add_argument, number(int, 1, 9999)
+    add("--epochs", type=whole, default=200, help="passes over the training images, in all")
+    add("--batch-size", type=number(int, 2, 10**6), default=64, help="images in a step")
+    add("--lr", type=number(float, 1e-9, 1), default=5e-4, help="learning rate of both Adams")
+    add("--beta1", type=number(float, 0, 0.9999), default=0.5, help="decay of Adam's mean gradient")
+    add("--latent-dim", type=whole, default=100, help="noise values that make an image")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="of all that is random")
+    add("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"),
+        help="cpu, cuda, cuda:1, ... (mps is untried)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the products")
+    add("--data-dir", type=Path, default=Path("data"), help="where downloads go")
+    add("--output-dir", type=Path, default=Path("outputs", SCRIPT), help="where all else goes")
+    add("--sample-every", type=whole, default=1, help="epochs between sample grids")
+    add("--log-every", type=number(int, 1, 10**9), default=500, help="steps between loss lines")
+    add("--save-every", type=whole, default=10, help="epochs between weights that are kept")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--resume", action="store_true", help="go on with the run in the output folder")
+    one("--overwrite", action="store_true", help="delete the run in the output folder first")
+    one("--generate", type=number(int, 1, 1000), metavar="N", help="draw N images a class")
+    add("--label", type=find_label, help="class to draw: number, name or beginning of a name")
+    add("--weights", type=Path, help="for --generate, if not the output folder's generator.pt")
+    args, checkpoint = parser.parse_args(argv), None
+    file = args.output_dir / "checkpoint.pt"
+    if (args.weights or args.label is not None) and not args.generate:
+        parser.error("--label and --weights are for --generate")
+    if args.resume:
+        with explain(f"{file} holds no run of {SCRIPT}; without --resume, one starts"):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)[SCRIPT]
+            own = {name: checkpoint["settings"][name] for name in SETTINGS}
+        args = parser.parse_args(argv, argparse.Namespace(**own))  # the run's own are the defaults
+        for name in FIXED:
+            if getattr(args, name) != own[name]:
+                parser.error(f"--{name.replace('_', '-')}: the run to resume has {own[name]}")
+    elif file.exists() and not args.overwrite and not args.generate:
+        parser.error(f"{args.output_dir} holds a run: --resume goes on, --overwrite starts afresh")
+    place = next(path for path in file.absolute().parents if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        parser.error(f"--output-dir {args.output_dir}: can't write to {place}")
+    with explain(f"--device {args.device}: not here"):
+        torch.zeros(1, device=args.device).item()
+    return args, checkpoint
+
+def main(argv=None):
+    """Run a command line (default: the process's); exit with 2 after a mistake, 130 on Ctrl-C."""
+    argv, args = sys.argv[1:] if argv is None else argv, None
+    try:
+        args, checkpoint = parse_args(argv)
+        generate(args) if args.generate else train(args, checkpoint)
+    except UsageError as error:
+        tqdm.write(f"{SCRIPT}: error: {error}", file=sys.stderr)  # clear of the bar
+        sys.exit(2)
+    except KeyboardInterrupt:
+        resumable = args and not (args.generate or args.overwrite)
+        if resumable and (args.output_dir / "checkpoint.pt").exists():
+            argv = [flag for flag in argv if flag not in ("--resume", "--overwrite")] + ["--resume"]
+        again = shlex.join(["python", sys.argv[0], *argv])
+        tqdm.write(f"stopped; go on with: {again}", file=sys.stderr)
+        sys.exit(130)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,570 @@
+"""Tests of the four scripts on tiny data sets made here: no network, no GPU, under a minute."""
+import ast
+import csv
+import gzip
+import importlib
+import pickle
+import struct
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+NAMES = ["mlp_gan_mnist", "dcgan_mnist", "cgan_fashion_mnist", "cgan_cifar10"]
+SHAPES = {name: (3, 32, 32) if name == "cgan_cifar10" else (1, 28, 28) for name in NAMES}
+HERE = Path(__file__).parent
+N = 120  # tiny training images: 12 of each class
+
+
+def conditional(script):
+    return hasattr(script, "CLASSES")
+
+
+def extra(script, labels):
+    """The further arguments of a conditional script's networks."""
+    return (labels,) if conditional(script) else ()
+
+
+def asked(script, n):
+    """What sample() takes to draw n images."""
+    return torch.arange(n) % 10 if conditional(script) else n
+
+
+def write_idx(path, dims, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    magic = 2048 + len(dims)
+    path.write_bytes(struct.pack(f">{1 + len(dims)}I", magic, *dims) + bytes(values))
+
+
+def make_data(folder):
+    """Lay tiny data sets out as torchvision's downloads do."""
+    torch.manual_seed(0)
+    labels = [i % 10 for i in range(N)]
+    for dataset in ("MNIST", "FashionMNIST"):
+        for split in ("train", "t10k"):
+            pixels = torch.randint(0, 256, (N * 784,), dtype=torch.uint8).tolist()
+            write_idx(folder / dataset / "raw" / f"{split}-images-idx3-ubyte", (N, 28, 28), pixels)
+            write_idx(folder / dataset / "raw" / f"{split}-labels-idx1-ubyte", (N,), labels)
+    cifar = folder / "cifar-10-batches-py"
+    cifar.mkdir()
+    for name in ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
+                 "test_batch"]:
+        part = torch.randint(0, 256, (N // 5, 3072), dtype=torch.uint8).numpy()
+        (cifar / name).write_bytes(pickle.dumps({"data": part, "labels": labels[:N // 5]}))
+    (cifar / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No download gets out; CIFAR-10's tiny files needn't have the published MD5."""
+    def refuse(*args, **kwargs):
+        raise URLError("no network in the tests")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    for name in ("train_list", "test_list"):
+        files = [[file, None] for file, _ in getattr(datasets.CIFAR10, name)]
+        monkeypatch.setattr(datasets.CIFAR10, name, files)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": None})
+
+
+@pytest.fixture(params=NAMES)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def run(script, data, tmp_path, monkeypatch):
+    """Run the script's command line with tiny data and networks, by default into tmp_path/out."""
+    for network in (script.Generator, script.Discriminator):
+        narrow = (*network.__init__.__defaults__[:-1], 8)
+        monkeypatch.setattr(network.__init__, "__defaults__", narrow)
+
+    def run(*flags):
+        script.main(["--data-dir", str(data), "--output-dir", str(tmp_path / "out"),
+                     "--batch-size", "60", "--epochs", "1", *map(str, flags)])
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Call with a function: it must end with one line on stderr and the status; return the line."""
+    def refused(call, status=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call()
+        line = capsys.readouterr().err
+        assert stop.value.code == status, line
+        assert line.count("\n") == 1 and line.endswith("\n"), line
+        return line.strip()
+    return refused
+
+
+def saved(path, script):
+    return torch.load(path, weights_only=True)[script.SCRIPT]
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- networks
+
+def test_networks_have_the_promised_shapes_and_ranges(script):
+    shape, labels = SHAPES[script.__name__], torch.tensor([0, 3, 9, 9])
+    for latent_dim, width in ((7, 8), (100, 16)):
+        generator = script.Generator(latent_dim=latent_dim, width=width)
+        discriminator = script.Discriminator(width=width)
+        assert generator.latent_dim == latent_dim
+        images = generator(10 * torch.randn(4, latent_dim), *extra(script, labels))
+        assert images.shape == (4, *shape)
+        assert images.min() >= -1 and images.max() <= 1 and images.std() > 0
+        assert discriminator(images, *extra(script, labels)).shape == (4,)
+        with pytest.raises(RuntimeError):  # 16x16 images, as a smaller generator would draw
+            discriminator(torch.zeros(4, shape[0], 16, 16), *extra(script, labels))
+
+
+def test_every_parameter_gets_a_gradient(script):
+    generator, discriminator = script.Generator(), script.Discriminator()
+    labels = torch.arange(10)
+    fake = generator(torch.randn(10, generator.latent_dim), *extra(script, labels))
+    script.generator_loss(discriminator(fake, *extra(script, labels))).backward()
+    for parameter in (*generator.parameters(), *discriminator.parameters()):
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_losses_are_the_papers(script):
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    d_real, d_fake = real.sigmoid(), fake.sigmoid()
+    expected = -(d_real.log().mean() + (1 - d_fake).log().mean())
+    assert torch.isclose(script.discriminator_loss(real, fake), expected)
+    assert torch.isclose(script.generator_loss(fake), -d_fake.log().mean())
+    assert script.generator_loss(torch.tensor([-200.0])) == 200  # Sigmoid + BCELoss stops at 100
+
+
+def test_labels_reach_both_networks(script):
+    if not conditional(script):
+        pytest.skip("no labels")
+    generator, discriminator = script.Generator().eval(), script.Discriminator().eval()
+    noise = torch.randn(1, generator.latent_dim)
+    images = [generator(noise, torch.tensor([label])) for label in range(10)]
+    logits = [discriminator(images[0], torch.tensor([label])).item() for label in range(10)]
+    assert len({image.sum().item() for image in images}) == len(set(logits)) == 10
+
+
+# ---- a run and what it leaves
+
+def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys):
+    run("--epochs", 2, "--log-every", 1, "--save-every", 2)
+    printed = capsys.readouterr()
+    assert "Step 3: Generator loss: " in printed.out and ", discriminator loss: " in printed.out
+    assert "Epoch 2/2: " in printed.out and " images/s" in printed.out
+    assert f"{sum(p.numel() for p in script.Generator().parameters()):,} parameters" in printed.out
+    assert "\r" not in printed.out + printed.err  # no frames of a bar outside a terminal
+    out = tmp_path / "out"
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {"real.png", "samples.gif", "losses.csv", "losses.png", "generator.pt",
+                     "checkpoint.pt", "weights/epoch_0002.pt", "samples/epoch_0000.png",
+                     "samples/epoch_0001.png", "samples/epoch_0002.png"}
+    for path in (*out.glob("*.png"), *out.glob("samples/*.png")):
+        Image.open(path).load()
+    size = Image.open(out / "real.png").size
+    assert size == Image.open(out / "samples/epoch_0002.png").size
+    animation = Image.open(out / "samples.gif")
+    assert animation.size == size and animation.n_frames > 1  # like frames become one
+    rows = list(csv.DictReader((out / "losses.csv").open()))
+    assert list(rows[0]) == ["epoch", "step", "discriminator_loss", "generator_loss", "seconds"]
+    assert [(row["epoch"], row["step"]) for row in rows] == [
+        ("1", "1"), ("1", "2"), ("2", "3"), ("2", "4")]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_a_run_trains_both_networks(script, run, tmp_path):
+    run()
+    state = saved(tmp_path / "out/checkpoint.pt", script)["parts"]
+    torch.manual_seed(0)  # as a run begins: its networks before training
+    networks = {"generator": script.Generator(), "discriminator": script.Discriminator()}
+    for name, network in networks.items():
+        if hasattr(script, "initialize_weights"):
+            network.apply(script.initialize_weights)
+        for key, before in network.named_parameters():
+            assert not torch.equal(state[name][key], before), f"{name}.{key} didn't move"
+    average = state["average"]
+    assert any(not torch.equal(average[key], state["generator"][key]) for key in average)
+    for key, _ in networks["generator"].named_buffers():
+        assert torch.equal(average[key], state["generator"][key])
+
+
+def test_loss_rows_are_means_since_the_row_before(script, run, tmp_path, monkeypatch):
+    losses, original = [], script.generator_loss
+
+    def recorded(logits):
+        losses.append(original(logits))
+        return losses[-1]
+    monkeypatch.setattr(script, "generator_loss", recorded)
+    run("--batch-size", 24, "--log-every", 3)  # 5 steps: rows at 3 and 5
+    rows = list(csv.DictReader((tmp_path / "out/losses.csv").open()))
+    expected = [torch.stack(part).mean().item() for part in (losses[:3], losses[3:])]
+    assert [float(row["generator_loss"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+
+
+def test_real_images_are_shown_as_they_are(script, run, data, tmp_path):
+    run()
+    picture = Image.open(tmp_path / "out/real.png").convert("RGB")
+    images = script.load_images(data)
+    first = images[0][0] if conditional(script) else images[0]  # label 0 is the first image's
+    left = picture.width - (10 if conditional(script) else 8) * (2 * SHAPES[script.__name__][1] + 2)
+    for y, x in ((0, 0), (5, 9), (27, 27)):
+        pixel = picture.getpixel((left + 2 * x, 2 + 2 * y))
+        assert all(abs(a - b) <= 1 for a, b in zip(pixel, first[:, y, x].expand(3).tolist()))
+
+
+def test_generate_draws_what_the_weights_hold(script, run, tmp_path, capsys):
+    run()
+    capsys.readouterr()
+    run("--generate", 2, "--seed", 5)
+    path = Path(capsys.readouterr().out.strip())
+    assert path.parent == tmp_path / "out" and "seed_5" in path.name
+    generator = script.load_generator(tmp_path / "out/generator.pt")
+    assert not generator.training
+    torch.manual_seed(5)
+    labels = torch.arange(10).repeat_interleave(2)
+    images = script.sample(generator, labels if conditional(script) else 2)
+    size = 2 * images.shape[-1]
+    picture = Image.open(path).convert("RGB")
+    left = picture.width - 2 * (size + 2)
+    for column, image in enumerate(images[:2]):
+        for y, x in ((3, 4), (14, 14), (25, 20)):
+            pixel = picture.getpixel((left + column * (size + 2) + 2 * x, 2 + 2 * y))
+            drawn = image[:, y, x].mul(255).expand(3).tolist()
+            assert all(abs(a - b) <= 1.5 for a, b in zip(pixel, drawn))
+
+
+def test_sample_follows_torchs_seed_and_range(script):
+    generator = script.Generator().eval()
+    torch.manual_seed(1)
+    one = script.sample(generator, asked(script, 501))  # more than it draws at once
+    torch.manual_seed(1)
+    assert torch.equal(one, script.sample(generator, asked(script, 501)))
+    assert not torch.equal(one, script.sample(generator, asked(script, 501)))
+    assert one.shape == (501, *SHAPES[script.__name__]) and one.dtype == torch.float32
+    assert one.min() >= 0 and one.max() <= 1 and not one.requires_grad
+
+
+def test_bf16_trains_too(script, run, tmp_path, capsys):
+    run("--precision", "bf16")
+    assert "bf16" in capsys.readouterr().out
+    assert saved(tmp_path / "out/generator.pt", script)["generator"]["network.0.weight"].dtype == (
+        torch.float32)
+
+
+def test_a_label_draws_its_class_only(script, run, tmp_path, capsys):
+    if not conditional(script):
+        pytest.skip("no labels")
+    run()
+    capsys.readouterr()
+    drawn = []
+    for text in ("1", script.CLASSES[1], script.CLASSES[1].upper(), script.CLASSES[1][:3].lower()):
+        assert script.find_label(text) == 1
+        run("--generate", 3, "--label", text)
+        drawn.append(Path(capsys.readouterr().out.strip()).read_bytes())
+    generator = script.load_generator(tmp_path / "out/generator.pt")
+    torch.manual_seed(0)
+    script.save_grid(tmp_path / "expected.png", script.sample(generator, [1, 1, 1]))
+    assert drawn == [(tmp_path / "expected.png").read_bytes()] * 4
+
+
+# ---- resume: exact, and nothing is lost
+
+SLOW_COLUMNS = 4  # of losses.csv: without the seconds
+
+
+def outcome(folder, script):
+    checkpoint = saved(folder / "checkpoint.pt", script)
+    files = {path.relative_to(folder): content for path, content in tree(folder).items()
+             if path.suffix in (".png", ".gif")}
+    rows = [row[:SLOW_COLUMNS] for row in csv.reader((folder / "losses.csv").open())]
+    return checkpoint["parts"], saved(folder / "generator.pt", script), files, rows
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def interrupt_at(script, monkeypatch, step, action):
+    """Have the generator's loss call `action` at that step of the runs that follow."""
+    calls, original = [], script.generator_loss
+
+    def loss(logits):
+        calls.append(1)
+        return action(original(logits)) if len(calls) == step else original(logits)
+    monkeypatch.setattr(script, "generator_loss", loss)
+
+
+def ctrl_c(loss):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(script, run, data, tmp_path, monkeypatch,
+                                                     refused):
+    flags = ("--epochs", 4, "--log-every", 3, "--save-every", 2, "--seed", 3)
+    run(*flags, "--output-dir", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(script, patch, 6, ctrl_c)  # the last step of epoch 3 of 4
+        line = refused(lambda: run(*flags), status=130)
+    assert line.startswith("stopped; go on with: python ") and line.endswith(" --resume")
+    script.main(["--data-dir", str(data), "--output-dir", str(tmp_path / "out"), "--resume"])
+    assert same(outcome(tmp_path / "whole", script), outcome(tmp_path / "out", script))
+
+
+def test_ctrl_c_before_the_first_checkpoint(script, run, tmp_path, monkeypatch, refused):
+    with monkeypatch.context() as patch:
+        interrupt_at(script, patch, 1, ctrl_c)
+        line = refused(run, status=130)
+    assert line.startswith("stopped; go on with: ") and "--resume" not in line
+    run()
+    assert (tmp_path / "out/checkpoint.pt").exists()
+
+
+def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, refused):
+    run("--seed", 7)
+    before = tree(tmp_path / "out")
+    for flags in (["--seed", 8], ["--latent-dim", 5], ["--beta1", 0.9], ["--batch-size", 9]):
+        line = refused(lambda: run("--resume", *flags))
+        assert flags[0] in line
+    assert tree(tmp_path / "out") == before
+    run("--resume", "--epochs", 2, "--lr", 0.000123)
+    checkpoint = saved(tmp_path / "out/checkpoint.pt", script)
+    assert checkpoint["epoch"] == 2 and checkpoint["settings"]["seed"] == 7
+    for optimizer in ("optimizer_g", "optimizer_d"):
+        assert checkpoint["parts"][optimizer]["param_groups"][0]["lr"] == 0.000123
+
+
+def test_a_finished_run_resumed_makes_missing_files_again(script, run, tmp_path, capsys):
+    run()
+    before = {path: content for path, content in tree(tmp_path / "out").items()
+              if path.suffix in (".png", ".gif", ".csv")}
+    for name in ("real.png", "samples.gif", "losses.csv", "losses.png", "generator.pt",
+                 "samples/epoch_0001.png"):
+        (tmp_path / "out" / name).unlink()
+    run("--resume")
+    assert "Finished" in capsys.readouterr().out
+    after = tree(tmp_path / "out")
+    assert {path: after[path] for path in before} == before
+    script.load_generator(tmp_path / "out/generator.pt")
+
+
+def test_a_folder_with_a_run_is_kept_unless_overwritten(script, run, tmp_path, refused):
+    run("--epochs", 2, "--save-every", 1)
+    before = tree(tmp_path / "out")
+    line = refused(run)
+    assert "--resume" in line and "--overwrite" in line
+    assert tree(tmp_path / "out") == before
+    strangers = [tmp_path / "out" / name for name in ("notes.txt", "samples/epoch_best.png")]
+    for path in strangers:
+        path.write_text("mine")
+    refused(lambda: run("--overwrite", "--data-dir", tmp_path / "nowhere"))  # no data, no removal
+    assert all(path.exists() for path in before)
+    run("--overwrite")
+    left = set(tree(tmp_path / "out"))
+    assert set(strangers) <= left and tmp_path / "out/samples/epoch_0002.png" not in left
+    assert tmp_path / "out/weights/epoch_0001.pt" not in left
+
+
+def test_a_full_disk_leaves_the_old_file_whole(script, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    script.write_file(path, lambda file: file.write(b"old"))
+    original = Path.write_bytes
+
+    def half(self, content):
+        original(self, bytes(content)[:1])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(script.UsageError, match="can't write .*file.*No space left"):
+        script.write_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(script, run, tmp_path, monkeypatch, refused):
+    run()
+    before = outcome(tmp_path / "out", script)
+    interrupt_at(script, monkeypatch, 1, lambda loss: loss * float("nan"))
+    line = refused(lambda: run("--resume", "--epochs", 2))
+    assert "step 4" in line and "--lr" in line  # noticed at the epoch's end
+    assert same(outcome(tmp_path / "out", script), before)
+    assert saved(tmp_path / "out/checkpoint.pt", script)["epoch"] == 1
+
+
+# ---- files from strangers
+
+class Payload:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def bad_files(folder, script, whole):
+    folder.mkdir()
+    (folder / "directory.pt").mkdir()
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("weights")
+    (folder / "truncated.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({script.SCRIPT: {"generator": Payload(folder / "trace")}}, folder / "payload.pt")
+    torch.save({"another_script": {"latent_dim": 2, "width": 2}}, folder / "other.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({script.SCRIPT: {"latent_dim": 3, "width": 8, "epoch": 1, "rows": [], "parts": {},
+                                "generator": script.Generator().state_dict()}}, folder / "size.pt")
+    return sorted(folder.glob("*.pt")) + [folder / "missing.pt"]
+
+
+def test_files_that_hold_no_generator_are_refused(script, run, tmp_path, refused):
+    run()
+    for path in bad_files(tmp_path / "bad", script, (tmp_path / "out/generator.pt").read_bytes()):
+        line = refused(lambda: run("--generate", 1, "--weights", path))
+        assert f"{path} holds no generator of {script.SCRIPT}" in line
+        with pytest.raises(script.UsageError):
+            script.load_generator(path)
+    assert not (tmp_path / "bad/trace").exists()
+
+
+def test_files_that_hold_no_run_are_refused(script, run, tmp_path, refused):
+    run()
+    checkpoint = tmp_path / "out/checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    for path in bad_files(tmp_path / "bad", script, whole):
+        checkpoint.unlink(missing_ok=True)
+        if path.is_file():
+            checkpoint.write_bytes(path.read_bytes())
+        before = tree(tmp_path / "out")
+        line = refused(lambda: run("--resume"))
+        assert f"{checkpoint} holds no run of {script.SCRIPT}" in line
+        assert tree(tmp_path / "out") == before
+    assert not (tmp_path / "bad/trace").exists()
+
+
+# ---- data
+
+FOLDERS = {"mlp_gan_mnist": "MNIST/raw", "dcgan_mnist": "MNIST/raw",
+           "cgan_fashion_mnist": "FashionMNIST/raw", "cgan_cifar10": "cifar-10-batches-py"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "not a folder"])
+def test_unusable_data_gets_one_line(script, run, data, tmp_path, refused, damage):
+    broken = tmp_path / "data"
+    if damage == "not a folder":
+        broken.write_text("")
+    elif damage != "missing":
+        broken.mkdir()
+        make_data(broken)
+        files = "*_batch*" if script.SCRIPT == "cgan_cifar10" else "train-*"
+        for path in (broken / FOLDERS[script.SCRIPT]).glob(files):
+            path.write_bytes(path.read_bytes()[:1000 if damage == "truncated" else 0])
+    line = refused(lambda: run("--data-dir", broken))
+    assert str(broken) in line and "http" in line and (".gz" in line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_fetched_by_hand_are_used(data, tmp_path, monkeypatch):
+    script = importlib.import_module("dcgan_mnist")
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for path in (data / "MNIST/raw").iterdir():
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    files = [(name, None) for name, _ in datasets.MNIST.resources]  # None: of any MD5
+    monkeypatch.setattr(datasets.MNIST, "resources", files)
+    assert len(script.load_images(tmp_path)) == N
+
+
+# ---- the command line
+
+WRONG = [["--epochs", "0"], ["--epochs", "-1"], ["--epochs", "x"], ["--epochs", "1e3"],
+         ["--epochs", "100000000"], ["--batch-size", "0"], ["--batch-size", "1"],
+         ["--batch-size", "nan"], ["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"],
+         ["--lr", "x"], ["--beta1", "1"], ["--beta1", "-0.1"], ["--beta1", "nan"],
+         ["--latent-dim", "0"], ["--latent-dim", "10000000000"], ["--seed", "-1"],
+         ["--seed", "0.5"], ["--log-every", "0"], ["--sample-every", "0"], ["--save-every", "0"],
+         ["--generate", "0"], ["--generate", "-4"], ["--device", "abacus"], ["--device", "meta"],
+         ["--device", "cuda:99"], ["--precision", "fp8"], ["--weights", "x.pt"], ["--no-such-flag"],
+         ["--resume", "--overwrite"], ["--batch-size", "121"], ["--label", "x"]]
+
+
+def test_wrong_flags_are_refused_in_one_line(script, run, tmp_path, refused):
+    for flags in WRONG:
+        line = refused(lambda: run(*flags))
+        assert flags[0] in line, line
+        assert not (tmp_path / "out").exists(), flags
+    if conditional(script):
+        for text in ("", "s" if "fashion" in script.SCRIPT else "a", "10", "unicorn"):
+            line = refused(lambda: run("--generate", 1, "--label", text))
+            assert all(name in line for name in script.CLASSES)
+        assert "--label" in refused(lambda: run("--label", "1"))
+
+
+def test_an_output_folder_that_cannot_be_is_refused(run, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        assert str(tmp_path / "file") in refused(lambda: run("--output-dir", place))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_help_names_every_default(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and f"outputs/{script.SCRIPT}" in text
+    epochs = {"mlp_gan_mnist": 25, "cgan_cifar10": 200}.get(script.SCRIPT, 50)
+    assert f"(default: {epochs})" in text
+
+
+# ---- the collection
+
+# What makes them different GANs; all else that two files share by name is the same text.
+OWN = {"mlp_gan_mnist": {"Generator", "Discriminator", "train"},
+       "dcgan_mnist": {"train"},
+       "cgan_fashion_mnist": {"Generator", "Discriminator", "load_images", "sample", "save_grid",
+                              "save_epoch", "generate", "train", "parse_args"},
+       "cgan_cifar10": {"Generator", "Discriminator", "load_images", "sample", "save_grid",
+                        "save_epoch", "generate", "train", "parse_args"}}
+
+
+def definitions(name):
+    text = (HERE / f"{name}.py").read_text()
+    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_shared_parts_are_the_same_text():
+    everything = {name: definitions(name) for name in NAMES}
+    for name in NAMES[:1] + NAMES[2:]:
+        for part, text in everything["dcgan_mnist"].items():
+            if part in everything[name] and part not in OWN[name] and part != "parse_args":
+                assert everything[name][part] == text, f"{part} of {name}.py has drifted"
+    for part in ("save_grid", "save_epoch", "generate", "find_label", "main"):
+        assert everything["cgan_fashion_mnist"][part] == everything["cgan_cifar10"][part]
+
+
+def test_files_are_short_and_stand_alone():
+    for name in NAMES:
+        text = (HERE / f"{name}.py").read_text()
+        assert text.startswith("# SPDX-License-Identifier: MIT\n")
+        assert len(text.splitlines()) <= 380
+        assert max(map(len, text.splitlines())) <= 100
+        imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name
+                    for node in ast.walk(ast.parse(text))
+                    if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        assert not imported & set(NAMES)
