@@ -198,10 +198,11 @@ def test_a_run_trains_both_networks(script, run, tmp_path):
             network.apply(script.initialize_weights)
         for key, before in network.named_parameters():
             assert not torch.equal(state[name][key], before), f"{name}.{key} didn't move"
-    average = state["average"]
-    assert any(not torch.equal(average[key], state["generator"][key]) for key in average)
+    average, live = state["average"], state["generator"]
+    for key, before in networks["generator"].named_parameters():  # the average: moved, and behind
+        assert not torch.equal(average[key], before) and not torch.equal(average[key], live[key])
     for key, _ in networks["generator"].named_buffers():
-        assert torch.equal(average[key], state["generator"][key])
+        assert torch.equal(average[key], live[key])
 
 
 def test_loss_rows_are_means_since_the_row_before(script, run, tmp_path, monkeypatch):
