@@ -218,6 +218,25 @@ def test_loss_rows_are_means_since_the_row_before(script, run, tmp_path, monkeyp
     assert [float(row["generator_loss"]) for row in rows] == pytest.approx(expected, rel=1e-5)
 
 
+def test_seed_and_epoch_govern_what_is_drawn(script, run, tmp_path, monkeypatch):
+    drawn, original = [], torch.randn
+
+    def recorded(*size, **options):
+        drawn.append(original(*size, **options))
+        return drawn[-1]
+    monkeypatch.setattr(torch, "randn", recorded)
+    flags = ("--epochs", 2, "--batch-size", 120, "--output-dir")
+    for folder, seed in (("one", 1), ("again", 1), ("other", 2)):
+        run(*flags, tmp_path / folder, "--seed", seed)
+    noise = [values for values in drawn if len(values) == 120]  # of the steps, not of the grids
+    assert len(noise) == 6 and not torch.equal(noise[0], noise[1])  # an epoch of one step each
+    assert torch.equal(noise[0], noise[2]) and torch.equal(noise[1], noise[3])
+    assert not torch.equal(noise[0], noise[4])
+    pictures = [(tmp_path / name / "samples/epoch_0002.png").read_bytes()
+                for name in ("one", "again", "other")]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_real_images_are_shown_as_they_are(script, run, data, tmp_path):
     run()
     picture = Image.open(tmp_path / "out/real.png").convert("RGB")
