@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import pickle
+import re
 import struct
 from pathlib import Path
 from urllib.error import URLError
@@ -576,6 +577,26 @@ def test_shared_parts_are_the_same_text():
                 assert everything[name][part] == text, f"{part} of {name}.py has drifted"
     for part in ("save_grid", "save_epoch", "generate", "find_label", "main"):
         assert everything["cgan_fashion_mnist"][part] == everything["cgan_cifar10"][part]
+
+
+def test_readme_names_real_flags_scripts_and_defaults(capsys):
+    text = (HERE / "README.md").read_text()
+    helps = {}
+    for name in NAMES:
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main(["--help"])
+        helps[name] = capsys.readouterr().out
+    commands = re.findall(r"^    python (\w+)\.py(.*)$", text, re.MULTILINE)
+    assert len(commands) >= 5
+    for name, flags in commands:
+        assert all(flag in helps[name] for flag in re.findall(r"--[a-z-]+", flags)), (name, flags)
+    known = "".join(helps.values()) + "--index-url"
+    assert all(flag in known for flag in re.findall(r"--[a-z-]+[a-z]", text))
+    for name, epochs in re.findall(r"^\| `(\w+)\.py` \| (\d+) \|", text, re.MULTILINE):
+        parser = helps[name].split("--epochs EPOCHS")[1].split("--batch-size")[0]
+        assert f"(default: {epochs})" in " ".join(parser.split()), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (HERE / link).exists(), link
 
 
 def test_files_are_short_and_stand_alone():
