@@ -159,6 +159,10 @@ def test_labels_reach_both_networks(script):
     images = [generator(noise, torch.tensor([label])) for label in range(10)]
     logits = [discriminator(images[0], torch.tensor([label])).item() for label in range(10)]
     assert len({image.sum().item() for image in images}) == len(set(logits)) == 10
+    torch.manual_seed(0)
+    one = script.sample(generator, [0])
+    torch.manual_seed(0)
+    assert not torch.equal(one, script.sample(generator, [9]))
 
 
 # ---- a run and what it leaves
@@ -251,9 +255,17 @@ def test_real_images_are_shown_as_they_are(script, run, data, tmp_path):
 
 def test_generate_draws_what_the_weights_hold(script, run, tmp_path, capsys):
     run()
+    weights = torch.load(tmp_path / "out/generator.pt", weights_only=True)
+    for values in weights[script.SCRIPT]["generator"].values():
+        if values.dim() > 1:
+            values.normal_()  # so that images differ from one another
+    torch.save(weights, tmp_path / "out/generator.pt")
     capsys.readouterr()
+    run("--generate", 2, "--seed", 6)
+    other = Path(capsys.readouterr().out.strip())
     run("--generate", 2, "--seed", 5)
     path = Path(capsys.readouterr().out.strip())
+    assert path != other and path.read_bytes() != other.read_bytes()
     assert path.parent == tmp_path / "out" and "seed_5" in path.name
     generator = script.load_generator(tmp_path / "out/generator.pt")
     assert not generator.training
@@ -357,7 +369,10 @@ def test_ctrl_c_before_the_first_checkpoint(script, run, tmp_path, monkeypatch, 
         line = refused(run, status=130)
     assert line.startswith("stopped; go on with: ") and "--resume" not in line
     run()
-    assert (tmp_path / "out/checkpoint.pt").exists()
+    with monkeypatch.context() as patch:
+        interrupt_at(script, patch, 3, ctrl_c)  # in the second epoch of a run begun anew
+        line = refused(lambda: run("--overwrite", "--epochs", 2), status=130)
+    assert line.endswith("--resume") and "--overwrite" not in line
 
 
 def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, refused):
@@ -411,12 +426,20 @@ def test_a_full_disk_leaves_the_old_file_whole(script, tmp_path, monkeypatch):
     original = Path.write_bytes
 
     def half(self, content):
+        assert self != path  # only os.replace touches it
         original(self, bytes(content)[:1])
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(script.UsageError, match="can't write .*file.*No space left"):
         script.write_file(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+    def aside(self, content):
+        assert self != path
+        original(self, content)
+    monkeypatch.setattr(Path, "write_bytes", aside)
+    script.write_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(script, run, tmp_path, monkeypatch, refused):
@@ -498,6 +521,19 @@ def test_unusable_data_gets_one_line(script, run, data, tmp_path, refused, damag
     line = refused(lambda: run("--data-dir", broken))
     assert str(broken) in line and "http" in line and (".gz" in line)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_are_loaded_the_right_way_round(script, data):
+    images = script.load_images(data)
+    images, labels = images if conditional(script) else (images, None)
+    folder = data / FOLDERS[script.SCRIPT]
+    if script.SCRIPT == "cgan_cifar10":
+        raw = pickle.loads((folder / "data_batch_1").read_bytes())["data"][1].tobytes()
+    else:
+        raw = (folder / "train-images-idx3-ubyte").read_bytes()[16 + 784:16 + 2 * 784]
+    assert images.shape == (N, *SHAPES[script.SCRIPT]) and images.dtype == torch.uint8
+    assert bytes(images[1].flatten().tolist()) == raw
+    assert labels is None or (labels[1] == 1 and labels.shape == (N,))
 
 
 def test_files_fetched_by_hand_are_used(data, tmp_path, monkeypatch):
