@@ -1,6 +1,7 @@
 """Tests of the four scripts on tiny data sets made here: no network, no GPU, under a minute."""
 import ast
 import csv
+import difflib
 import gzip
 import importlib
 import pickle
@@ -633,6 +634,19 @@ def test_readme_names_real_flags_scripts_and_defaults(capsys):
         assert f"(default: {epochs})" in " ".join(parser.split()), name
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (HERE / link).exists(), link
+
+
+# How many lines of train and parse_args differ from dcgan_mnist.py's: its method, and no more.
+DIFFERENT = {"mlp_gan_mnist": (2, 2), "cgan_fashion_mnist": (15, 9), "cgan_cifar10": (16, 13)}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_loops_and_flags_differ_only_where_the_method_does(name):
+    ours, theirs = definitions("dcgan_mnist"), definitions(name)
+    changed = [sum(line[0] in "+-" for line in difflib.ndiff(ours[part].splitlines(),
+                                                             theirs[part].splitlines()))
+               for part in ("train", "parse_args")]
+    assert tuple(changed) == DIFFERENT[name]
 
 
 def test_files_are_short_and_stand_alone():
