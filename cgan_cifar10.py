@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator draws it.
-
-Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784.
+"""Conditional GAN (arXiv:1411.1784) of convolutions (arXiv:1511.06434) on CIFAR-10: draws a class.
 
     python cgan_cifar10.py --epochs 200               train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 300 --resume       go on with that run, up to 300 epochs in all
     python cgan_cifar10.py --generate 25 --label horse    draw 25 horses
 """
-import argparse, contextlib, copy, io, os, shlex, sys, time, warnings
+import argparse, contextlib, copy, io, os, sys, time, warnings
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.transforms.functional import to_pil_image
@@ -28,12 +26,11 @@ class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) and labels (n,) into images (n, 3, 32, 32) in [-1, 1]."""
     def __init__(self, latent_dim=100, width=32):
         super().__init__()
-        self.latent_dim, self.width = latent_dim, width
+        self.latent_dim = latent_dim
         self.network = nn.Sequential(
             # a transposed convolution over a 1x1 image is this matrix product, only slower
             nn.Linear(latent_dim + len(CLASSES), 8 * width * 4 * 4, bias=False),
-            nn.Unflatten(1, (8 * width, 4, 4)),
-            nn.BatchNorm2d(8 * width), nn.ReLU(inplace=True),
+            nn.Unflatten(1, (8 * width, 4, 4)), nn.BatchNorm2d(8 * width), nn.ReLU(inplace=True),
             nn.ConvTranspose2d(8 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 8x8
             nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 16x16
@@ -47,9 +44,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 3, 32, 32) by logits (n,): above 0 for a real one of its label (n,).
-
-    Each class has its own logit of common features: a projection (arXiv:1802.05637)."""
+    """Judges images (n, 3, 32, 32) by logits (n,): above 0 for a real one of its label (n,)."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -60,7 +55,7 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(4 * width, 8 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(8 * width), nn.LeakyReLU(0.2, inplace=True),
-            nn.Flatten(), nn.Linear(8 * width * 4 * 4, len(CLASSES)),
+            nn.Flatten(), nn.Linear(8 * width * 4 * 4, len(CLASSES)),  # projection arXiv:1802.05637
         )
 
     def forward(self, images, labels):
@@ -86,8 +81,7 @@ def generator_loss(fake_logits):
 # ---- data
 def load_images(folder):
     """Return CIFAR-10's training images, uint8 (50000, 3, 32, 32), and labels (50000,)."""
-    with explain(f"no usable CIFAR-10 in {folder}: put {datasets.CIFAR10.filename} there, from "
-                 f"{datasets.CIFAR10.url}"):
+    with explain(f"no usable CIFAR-10 in {folder}: put {datasets.CIFAR10.url} there"):
         dataset = datasets.CIFAR10(folder, train=True, download=True)
         return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
 
@@ -125,8 +119,7 @@ def save_grid(path, images, columns=10, names=()):
     grid = make_grid(F.interpolate(images.cpu(), scale_factor=2), columns, pad_value=1.0)
     picture = to_pil_image(F.pad(grid, (80 if names else 0, 0), value=1.0))
     for row, name in enumerate(names):
-        place = (4, (row + 0.4) * picture.height / len(names))
-        ImageDraw.Draw(picture).text(place, name, fill="black")
+        ImageDraw.Draw(picture).text((4, (row + 0.4) * picture.height / len(names)), name, "black")
     write_file(path, lambda file: picture.save(file, "PNG"))
 
 def save_losses(folder, rows):
@@ -150,11 +143,15 @@ def save_epoch(args, epoch, parts, rows):
     if epoch == 0:
         return
     save_losses(folder, rows)
-    weights = {SCRIPT: {"latent_dim": average.latent_dim, "width": average.width,
-                        "generator": average.state_dict()}}
+    weights = {SCRIPT: {"latent_dim": average.latent_dim, "generator": average.state_dict()}}
     write_file(folder / "generator.pt", lambda file: torch.save(weights, file))
     if epoch % args.save_every == 0:
         write_file(folder / f"weights/epoch_{epoch:04}.pt", lambda file: torch.save(weights, file))
+    if epoch == args.epochs:
+        grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
+        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # about 50
+        write_file(folder / "samples.gif", lambda file: first.save(
+            file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
     checkpoint = {SCRIPT: {"epoch": epoch, "rows": rows,
                            "settings": {name: getattr(args, name) for name in SETTINGS},
                            "parts": {name: part.state_dict() for name, part in parts.items()}}}
@@ -164,10 +161,16 @@ def save_epoch(args, epoch, parts, rows):
 def train(args, checkpoint=None):
     """Train as the command line's `args` say, from the start or from a loaded `checkpoint`."""
     device, folder = torch.device(args.device), args.output_dir
-    images, labels = (part.to(device) for part in load_images(args.data_dir))  # no DataLoader
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    data = [None if rank else load_images(args.data_dir)]
+    if processes > 1:  # torchrun started them: all compute, the first one also prints and saves
+        distributed.init_process_group()  # gloo between CPUs, nccl between CUDA devices
+        distributed.broadcast_object_list(data)
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+    images, labels = (part.to(device) for part in data[0])  # no DataLoader
     steps = len(images) // args.batch_size  # in an epoch; an incomplete batch is left out
-    if steps == 0:
-        raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
+    if steps == 0 or args.batch_size % processes:
+        raise UsageError(f"--batch-size {args.batch_size}: too big, or no multiple of {processes}")
     torch.manual_seed(args.seed)
     generator, discriminator = Generator(args.latent_dim), Discriminator()
     for network in (generator, discriminator):
@@ -183,38 +186,37 @@ def train(args, checkpoint=None):
         with explain(f"{folder}/checkpoint.pt doesn't fit these networks"):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
-            done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
-            args.epochs = max(args.epochs, done)
+        done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
         for group in optimizer_g.param_groups + optimizer_d.param_groups:
             group["lr"] = args.lr  # load_state_dict brought the old one back
-    elif args.overwrite:
+    elif args.overwrite and rank == 0:
         with explain(f"can't empty {folder}"):
             for path in [path for name in RUN_FILES for path in folder.glob(name)]:
                 path.unlink()
-        args.overwrite = False  # main reads this on Ctrl-C
+    if processes > 1:  # backward averages gradients; BatchNorm sees its process's share alone
+        generator, discriminator = (nn.parallel.DistributedDataParallel(
+            part, broadcast_buffers=False) for part in (generator, discriminator))
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
     bf16 = fast if args.precision == "auto" else args.precision == "bf16"  # AVX512-BF16: no gain
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
-    print(f"{device}, {'bf16' if bf16 else 'fp32'}{' (slow here)' if bf16 and not fast else ''}, "
-          f"{len(images):,} images, {sizes[0]:,} parameters in the generator and {sizes[1]:,} in "
-          f"the discriminator, output in {folder}", flush=True)
+    print(f"{device}, {'bf16' if bf16 else 'fp32'}, {len(images)} images, to {folder}", flush=True)
     shown = torch.cat([(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))])
-    save_grid(folder / "real.png", images[shown] / 255, names=CLASSES)
-    save_epoch(args, done, parts, rows)  # before training; or again, what a kill left undone
-    step, totals = done * steps, torch.zeros(2, device=device)  # of both losses since the last row
+    if rank == 0:
+        save_grid(folder / "real.png", images[shown] / 255, names=CLASSES)
+        save_epoch(args, done, parts, rows)  # before training; or again, what a kill left undone
+    totals = torch.zeros(2, device=device)  # of both losses since the last row
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
         start = time.perf_counter() - seconds
         order = torch.randperm(len(images), device=device)[:steps * args.batch_size]
-        bar = tqdm(order.split(args.batch_size), f"Epoch {epoch}/{args.epochs}", leave=False,
-                   disable=None)  # None: no bar in a log file
-        for indices in bar:
-            step += 1
+        bar = tqdm(order.view(steps, -1)[:, rank::processes], f"Epoch {epoch}/{args.epochs}",
+                   leave=False, disable=rank > 0 or None)  # None: no bar in a log file
+        for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
             label = labels[indices]
             real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
-            real = torch.where(torch.rand_like(real[:, :1, :1, :1]) < 0.5, real, real.flip(3))
-            noise = torch.randn(args.batch_size, args.latent_dim, device=device)
+            kept = torch.rand(args.batch_size, 1, 1, 1, device=device)[rank::processes] < 0.5
+            real = torch.where(kept, real, real.flip(3))  # half of them mirrored
+            noise = torch.randn(args.batch_size, args.latent_dim, device=device)[rank::processes]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 fake = generator(noise, label)
@@ -226,8 +228,8 @@ def train(args, checkpoint=None):
             optimizer_d.step()
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                fake_logits = discriminator(fake, label)  # the same images serve both steps
-            loss_g = generator_loss(fake_logits)
+                fake_logits = discriminator(fake, label)
+            loss_g = generator_loss(fake_logits)  # of the images that the discriminator just saw
             optimizer_g.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))  # the others stay as they are
             optimizer_g.step()
@@ -235,13 +237,11 @@ def train(args, checkpoint=None):
                 averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
 
             totals += torch.stack((loss_d, loss_g)).detach()  # .item() would wait for the device
-            if step % 50 == 0 and not bar.disable:
-                bar.set_postfix(D=loss_d.item(), G=loss_g.item())
             if step % args.log_every == 0 or step == epoch * steps:
-                weights = (*generator.parameters(), *discriminator.parameters())
-                if not all(tensor.isfinite().all() for tensor in (totals, *weights)):
-                    raise UsageError(f"the loss is no number any more at step {step}: try a "
-                                     "lower --lr, --precision fp32 or another --seed")
+                if processes > 1:
+                    distributed.all_reduce(totals.div_(processes))
+                if not all(part.isfinite().all() for part in (totals, *generator.parameters())):
+                    raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
                 mean_d, mean_g = (totals / (step - (rows[-1][1] if rows else 0))).tolist()
                 rows.append([epoch, step, mean_d, mean_g, time.perf_counter() - start])
                 totals.zero_()
@@ -251,15 +251,15 @@ def train(args, checkpoint=None):
         spent, seconds = rows[-1][4] - seconds, rows[-1][4]
         print(f"Epoch {epoch}/{args.epochs}: {spent:.1f} s, {len(order) / spent:,.0f} images/s",
               flush=True)
-        for averaged, live in zip(average.buffers(), generator.buffers()):
-            averaged.copy_(live)  # BatchNorm's statistics
-        save_epoch(args, epoch, parts, rows)
-    grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
-    first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # 50, with the last
-    write_file(folder / "samples.gif", lambda file: first.save(
-        file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
-    print(f"Finished: all is in {folder}. Draw more with: python {sys.argv[0]} --generate 10 "
-          f"--seed {args.seed + 1} --output-dir {shlex.quote(str(folder))}")
+        average.train()  # for its BatchNorm to take statistics of what the averaged weights draw
+        for _ in range(50):
+            average(torch.randn_like(noise), torch.randint_like(label, len(CLASSES)))
+        average.eval()
+        if rank == 0:
+            save_epoch(args, epoch, parts, rows)
+    if processes > 1:
+        distributed.destroy_process_group()
+    print(f"Finished: all is in {folder}; --generate draws more")
 
 # ---- sampling
 def load_generator(path, device="cpu"):
@@ -267,7 +267,7 @@ def load_generator(path, device="cpu"):
     with explain(f"{path} holds no generator of {SCRIPT}; {Path(__file__).name} trains one"):
         # tensors and plain values only: no code that the file may hold is run
         saved = torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-        generator = Generator(saved["latent_dim"], saved["width"])
+        generator = Generator(saved["latent_dim"])
         generator.load_state_dict(saved["generator"])
     return generator.to(device).eval()
 
@@ -352,16 +352,14 @@ def parse_args(argv):
                 parser.error(f"--{name.replace('_', '-')}: the run to resume has {own[name]}")
     elif os.path.exists(file) and not args.overwrite and not args.generate:
         parser.error(f"{args.output_dir} holds a run: --resume goes on, --overwrite starts afresh")
-    place = next(path for path in file.absolute().parents if os.path.exists(path))
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        parser.error(f"--output-dir {args.output_dir}: can't write to {place}")
     with explain(f"--device {args.device}: not here"):
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: one each
         torch.zeros(1, device=args.device).item()
     return args, checkpoint
 
 def main(argv=None):
     """Run a command line (default: the process's); exit with 2 after a mistake, 130 on Ctrl-C."""
-    argv, args = sys.argv[1:] if argv is None else argv, None
     warnings.filterwarnings("ignore", "'torch.load' received|Detected pickle protocol")
     try:
         args, checkpoint = parse_args(argv)
@@ -370,10 +368,7 @@ def main(argv=None):
         tqdm.write(f"{SCRIPT}: error: {error}", file=sys.stderr)  # clear of the bar
         sys.exit(2)
     except KeyboardInterrupt:
-        resumable = args and not (args.generate or args.overwrite)
-        if resumable and os.path.exists(args.output_dir / "checkpoint.pt"):
-            argv = [flag for flag in argv if flag not in ("--resume", "--overwrite")] + ["--resume"]
-        tqdm.write("stopped; go on with: " + shlex.join(["python", sys.argv[0], *argv]), sys.stderr)
+        tqdm.write("stopped; --resume goes on after the last finished epoch", sys.stderr)
         sys.exit(130)
 
 if __name__ == "__main__":

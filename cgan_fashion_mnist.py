@@ -8,7 +8,7 @@ convolutional networks of arXiv:1511.06434.
     python cgan_fashion_mnist.py --epochs 80 --resume    go on with that run, up to 80 epochs in all
     python cgan_fashion_mnist.py --generate 25 --label sneaker    draw 25 sneakers
 """
-import argparse, contextlib, copy, io, os, shlex, sys, time, warnings
+import argparse, contextlib, copy, io, os, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -29,12 +29,11 @@ class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) and labels (n,) into images (n, 1, 28, 28) in [-1, 1]."""
     def __init__(self, latent_dim=64, width=32):
         super().__init__()
-        self.latent_dim, self.width = latent_dim, width
+        self.latent_dim = latent_dim
         self.network = nn.Sequential(
             # a transposed convolution over a 1x1 image is this matrix product, only slower
             nn.Linear(latent_dim + len(CLASSES), 4 * width * 7 * 7, bias=False),
-            nn.Unflatten(1, (4 * width, 7, 7)),
-            nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True),
+            nn.Unflatten(1, (4 * width, 7, 7)), nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 14x14
             nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # 28x28
@@ -46,9 +45,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 1, 28, 28) by logits (n,): above 0 for a real one of its label (n,).
-
-    Each class has its own logit of common features: a projection (arXiv:1802.05637)."""
+    """Judges images (n, 1, 28, 28) by logits (n,): above 0 for a real one of its label (n,)."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -57,7 +54,7 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2, inplace=True),
-            nn.Flatten(), nn.Linear(4 * width * 7 * 7, len(CLASSES)),
+            nn.Flatten(), nn.Linear(4 * width * 7 * 7, len(CLASSES)),  # projection arXiv:1802.05637
         )
 
     def forward(self, images, labels):
@@ -123,8 +120,7 @@ def save_grid(path, images, columns=10, names=()):
     grid = make_grid(F.interpolate(images.cpu(), scale_factor=2), columns, pad_value=1.0)
     picture = to_pil_image(F.pad(grid, (80 if names else 0, 0), value=1.0))
     for row, name in enumerate(names):
-        place = (4, (row + 0.4) * picture.height / len(names))
-        ImageDraw.Draw(picture).text(place, name, fill="black")
+        ImageDraw.Draw(picture).text((4, (row + 0.4) * picture.height / len(names)), name, "black")
     write_file(path, lambda file: picture.save(file, "PNG"))
 
 def save_losses(folder, rows):
@@ -148,11 +144,15 @@ def save_epoch(args, epoch, parts, rows):
     if epoch == 0:
         return
     save_losses(folder, rows)
-    weights = {SCRIPT: {"latent_dim": average.latent_dim, "width": average.width,
-                        "generator": average.state_dict()}}
+    weights = {SCRIPT: {"latent_dim": average.latent_dim, "generator": average.state_dict()}}
     write_file(folder / "generator.pt", lambda file: torch.save(weights, file))
     if epoch % args.save_every == 0:
         write_file(folder / f"weights/epoch_{epoch:04}.pt", lambda file: torch.save(weights, file))
+    if epoch == args.epochs:
+        grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
+        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # about 50
+        write_file(folder / "samples.gif", lambda file: first.save(
+            file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
     checkpoint = {SCRIPT: {"epoch": epoch, "rows": rows,
                            "settings": {name: getattr(args, name) for name in SETTINGS},
                            "parts": {name: part.state_dict() for name, part in parts.items()}}}
@@ -181,34 +181,28 @@ def train(args, checkpoint=None):
         with explain(f"{folder}/checkpoint.pt doesn't fit these networks"):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
-            done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
-            args.epochs = max(args.epochs, done)
+        done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
         for group in optimizer_g.param_groups + optimizer_d.param_groups:
             group["lr"] = args.lr  # load_state_dict brought the old one back
     elif args.overwrite:
         with explain(f"can't empty {folder}"):
             for path in [path for name in RUN_FILES for path in folder.glob(name)]:
                 path.unlink()
-        args.overwrite = False  # main reads this on Ctrl-C
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
     bf16 = fast if args.precision == "auto" else args.precision == "bf16"  # AVX512-BF16: no gain
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
-    print(f"{device}, {'bf16' if bf16 else 'fp32'}{' (slow here)' if bf16 and not fast else ''}, "
-          f"{len(images):,} images, {sizes[0]:,} parameters in the generator and {sizes[1]:,} in "
-          f"the discriminator, output in {folder}", flush=True)
+    print(f"{device}, {'bf16' if bf16 else 'fp32'}, {len(images)} images, to {folder}", flush=True)
     shown = torch.cat([(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))])
     save_grid(folder / "real.png", images[shown] / 255, names=CLASSES)
     save_epoch(args, done, parts, rows)  # before training; or again, what a kill left undone
-    step, totals = done * steps, torch.zeros(2, device=device)  # of both losses since the last row
+    totals = torch.zeros(2, device=device)  # of both losses since the last row
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
         start = time.perf_counter() - seconds
         order = torch.randperm(len(images), device=device)[:steps * args.batch_size]
         bar = tqdm(order.split(args.batch_size), f"Epoch {epoch}/{args.epochs}", leave=False,
                    disable=None)  # None: no bar in a log file
-        for indices in bar:
-            step += 1
+        for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
             label = labels[indices]
             real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
             noise = torch.randn(args.batch_size, args.latent_dim, device=device)
@@ -223,8 +217,8 @@ def train(args, checkpoint=None):
             optimizer_d.step()
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                fake_logits = discriminator(fake, label)  # the same images serve both steps
-            loss_g = generator_loss(fake_logits)
+                fake_logits = discriminator(fake, label)
+            loss_g = generator_loss(fake_logits)  # of the images that the discriminator just saw
             optimizer_g.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))  # the others stay as they are
             optimizer_g.step()
@@ -232,13 +226,9 @@ def train(args, checkpoint=None):
                 averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
 
             totals += torch.stack((loss_d, loss_g)).detach()  # .item() would wait for the device
-            if step % 50 == 0 and not bar.disable:
-                bar.set_postfix(D=loss_d.item(), G=loss_g.item())
             if step % args.log_every == 0 or step == epoch * steps:
-                weights = (*generator.parameters(), *discriminator.parameters())
-                if not all(tensor.isfinite().all() for tensor in (totals, *weights)):
-                    raise UsageError(f"the loss is no number any more at step {step}: try a "
-                                     "lower --lr, --precision fp32 or another --seed")
+                if not all(part.isfinite().all() for part in (totals, *generator.parameters())):
+                    raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
                 mean_d, mean_g = (totals / (step - (rows[-1][1] if rows else 0))).tolist()
                 rows.append([epoch, step, mean_d, mean_g, time.perf_counter() - start])
                 totals.zero_()
@@ -248,15 +238,12 @@ def train(args, checkpoint=None):
         spent, seconds = rows[-1][4] - seconds, rows[-1][4]
         print(f"Epoch {epoch}/{args.epochs}: {spent:.1f} s, {len(order) / spent:,.0f} images/s",
               flush=True)
-        for averaged, live in zip(average.buffers(), generator.buffers()):
-            averaged.copy_(live)  # BatchNorm's statistics
+        average.train()  # for its BatchNorm to take statistics of what the averaged weights draw
+        for _ in range(50):
+            average(torch.randn_like(noise), torch.randint_like(label, len(CLASSES)))
+        average.eval()
         save_epoch(args, epoch, parts, rows)
-    grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
-    first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # 50, with the last
-    write_file(folder / "samples.gif", lambda file: first.save(
-        file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
-    print(f"Finished: all is in {folder}. Draw more with: python {sys.argv[0]} --generate 10 "
-          f"--seed {args.seed + 1} --output-dir {shlex.quote(str(folder))}")
+    print(f"Finished: all is in {folder}; --generate draws more")
 
 # ---- sampling
 def load_generator(path, device="cpu"):
@@ -264,7 +251,7 @@ def load_generator(path, device="cpu"):
     with explain(f"{path} holds no generator of {SCRIPT}; {Path(__file__).name} trains one"):
         # tensors and plain values only: no code that the file may hold is run
         saved = torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-        generator = Generator(saved["latent_dim"], saved["width"])
+        generator = Generator(saved["latent_dim"])
         generator.load_state_dict(saved["generator"])
     return generator.to(device).eval()
 
@@ -349,16 +336,12 @@ def parse_args(argv):
                 parser.error(f"--{name.replace('_', '-')}: the run to resume has {own[name]}")
     elif os.path.exists(file) and not args.overwrite and not args.generate:
         parser.error(f"{args.output_dir} holds a run: --resume goes on, --overwrite starts afresh")
-    place = next(path for path in file.absolute().parents if os.path.exists(path))
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        parser.error(f"--output-dir {args.output_dir}: can't write to {place}")
     with explain(f"--device {args.device}: not here"):
         torch.zeros(1, device=args.device).item()
     return args, checkpoint
 
 def main(argv=None):
     """Run a command line (default: the process's); exit with 2 after a mistake, 130 on Ctrl-C."""
-    argv, args = sys.argv[1:] if argv is None else argv, None
     warnings.filterwarnings("ignore", "'torch.load' received|Detected pickle protocol")
     try:
         args, checkpoint = parse_args(argv)
@@ -367,10 +350,7 @@ def main(argv=None):
         tqdm.write(f"{SCRIPT}: error: {error}", file=sys.stderr)  # clear of the bar
         sys.exit(2)
     except KeyboardInterrupt:
-        resumable = args and not (args.generate or args.overwrite)
-        if resumable and os.path.exists(args.output_dir / "checkpoint.pt"):
-            argv = [flag for flag in argv if flag not in ("--resume", "--overwrite")] + ["--resume"]
-        tqdm.write("stopped; go on with: " + shlex.join(["python", sys.argv[0], *argv]), sys.stderr)
+        tqdm.write("stopped; --resume goes on after the last finished epoch", sys.stderr)
         sys.exit(130)
 
 if __name__ == "__main__":
