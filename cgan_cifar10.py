@@ -194,6 +194,7 @@ def train(args, checkpoint=None):
             for path in [path for name in RUN_FILES for path in folder.glob(name)]:
                 path.unlink()
     if processes > 1:  # backward averages gradients; BatchNorm sees its process's share alone
+        warnings.filterwarnings("ignore", ".broadcast_buffers")  # its successor is too new
         generator, discriminator = (nn.parallel.DistributedDataParallel(
             part, broadcast_buffers=False) for part in (generator, discriminator))
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
