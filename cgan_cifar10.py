@@ -253,7 +253,7 @@ def train(args, checkpoint=None):
         print(f"Epoch {epoch}/{args.epochs}: {spent:.1f} s, {len(order) / spent:,.0f} images/s",
               flush=True)
         average.train()  # for its BatchNorm to take statistics of what the averaged weights draw
-        for _ in range(50):
+        for _ in range(min(50, steps)):
             average(torch.randn_like(noise), torch.randint_like(label, len(CLASSES)))
         average.eval()
         if rank == 0:
