@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Conditional GAN (arXiv:1411.1784) of convolutions (arXiv:1511.06434) on CIFAR-10: draws a class.
+"""Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator draws it.
+
+Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784.
 
     python cgan_cifar10.py --epochs 200               train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 300 --resume       go on with that run, up to 300 epochs in all
@@ -149,7 +151,7 @@ def save_epoch(args, epoch, parts, rows):
         write_file(folder / f"weights/epoch_{epoch:04}.pt", lambda file: torch.save(weights, file))
     if epoch == args.epochs:
         grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
-        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # about 50
+        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # at most 50
         write_file(folder / "samples.gif", lambda file: first.save(
             file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
     checkpoint = {SCRIPT: {"epoch": epoch, "rows": rows,
@@ -187,13 +189,15 @@ def train(args, checkpoint=None):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
         done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
+        args.epochs = max(args.epochs, done)
         for group in optimizer_g.param_groups + optimizer_d.param_groups:
             group["lr"] = args.lr  # load_state_dict brought the old one back
     elif args.overwrite and rank == 0:
         with explain(f"can't empty {folder}"):
             for path in [path for name in RUN_FILES for path in folder.glob(name)]:
                 path.unlink()
-    if processes > 1:  # backward averages gradients; BatchNorm sees its process's share alone
+    if processes > 1:  # PyTorch's own averaging will do, as each backward is for one network alone
+        # BatchNorm sees its process's share: SyncBatchNorm waits at every layer, and on CUDA only
         warnings.filterwarnings("ignore", ".broadcast_buffers")  # its successor is too new
         generator, discriminator = (nn.parallel.DistributedDataParallel(
             part, broadcast_buffers=False) for part in (generator, discriminator))

@@ -142,7 +142,7 @@ def save_epoch(args, epoch, parts, rows):
         write_file(folder / f"weights/epoch_{epoch:04}.pt", lambda file: torch.save(weights, file))
     if epoch == args.epochs:
         grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
-        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # about 50
+        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # at most 50
         write_file(folder / "samples.gif", lambda file: first.save(
             file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
     checkpoint = {SCRIPT: {"epoch": epoch, "rows": rows,
@@ -174,6 +174,7 @@ def train(args, checkpoint=None):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
         done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
+        args.epochs = max(args.epochs, done)
         for group in optimizer_g.param_groups + optimizer_d.param_groups:
             group["lr"] = args.lr  # load_state_dict brought the old one back
     elif args.overwrite:
