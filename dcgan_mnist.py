@@ -56,7 +56,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images):
-        return self.network(images).squeeze(1).float()  # bf16 has too few digits for the loss
+        return self.network(images).squeeze(1).float()  # BCE needs fp32
 
 def initialize_weights(layer):
     """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""

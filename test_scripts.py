@@ -169,6 +169,15 @@ def test_labels_reach_both_networks(script):
     assert not torch.equal(one, script.sample(generator, [9]))
 
 
+def test_noise_on_images_is_for_the_training_discriminator_alone():
+    discriminator = importlib.import_module("cgan_cifar10").Discriminator()
+    inputs = torch.zeros(4, 3, 32, 32), torch.arange(4)
+    assert not torch.equal(discriminator(*inputs), discriminator(*inputs))
+    assert inputs[0].abs().max() == 0
+    discriminator.eval()
+    assert torch.equal(discriminator(*inputs), discriminator(*inputs))
+
+
 # ---- a run and what it leaves
 
 def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys):
@@ -378,7 +387,8 @@ def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, 
     checkpoint = saved(tmp_path / "out/checkpoint.pt", script)
     assert checkpoint["epoch"] == 2 and checkpoint["settings"]["seed"] == 7
     for optimizer in ("optimizer_g", "optimizer_d"):
-        assert checkpoint["parts"][optimizer]["param_groups"][0]["lr"] == 0.000123
+        half = script.__name__ == "cgan_cifar10" and optimizer == "optimizer_d"
+        assert checkpoint["parts"][optimizer]["param_groups"][0]["lr"] == 0.000123 / (1 + half)
     run("--resume", "--epochs", 1)  # it has two already
     assert saved(tmp_path / "out/checkpoint.pt", script)["settings"]["epochs"] == 2
 
@@ -450,6 +460,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(script, run, tmp_path, monke
 
 WORKER = """
 import sys
+import torch
 from torch import nn
 from torchvision import datasets
 import cgan_cifar10
@@ -459,6 +470,7 @@ datasets.CIFAR10.meta = {**datasets.CIFAR10.meta, "md5": None}
 for network in (cgan_cifar10.Generator, cgan_cifar10.Discriminator):
     network.__init__.__defaults__ = (*network.__init__.__defaults__[:-1], 8)
 nn.BatchNorm2d = lambda channels: nn.Identity()  # its statistics are each process's own
+torch.randn_like = torch.zeros_like  # so is the noise on the discriminator's images
 cgan_cifar10.initialize_weights = lambda layer: None  # without BatchNorm too small for gradients
 cgan_cifar10.main()
 """
@@ -484,6 +496,7 @@ def test_two_processes_compute_what_one_does(script, run, torchrun, data, tmp_pa
     assert done.stdout.count("Step 1: ") == done.stdout.count("Finished") == 1
     assert "Warning" not in done.stderr
     monkeypatch.setattr(torch.nn, "BatchNorm2d", lambda channels: torch.nn.Identity())
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(script, "initialize_weights", lambda layer: None)
     run("--epochs", 1, *flags)
     rows = [list(csv.DictReader((folder / "losses.csv").open()))
@@ -691,7 +704,7 @@ def test_readme_names_real_flags_scripts_and_defaults(capsys):
 
 
 # How many lines of train and parse_args differ from dcgan_mnist.py's: labels, torchrun.
-DIFFERENT = {"mlp_gan_mnist": (2, 2), "cgan_fashion_mnist": (15, 9), "cgan_cifar10": (50, 15)}
+DIFFERENT = {"mlp_gan_mnist": (2, 2), "cgan_fashion_mnist": (15, 9), "cgan_cifar10": (59, 15)}
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
