@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images, labels):
-        if self.training:  # noise hides from it flaws too fine for the eye (arXiv:1610.04490)
+        if self.training:  # noise hides the fine grain by which it would win (arXiv:1610.04490)
             images = images + 0.1 * torch.randn_like(images)
         return self.network(images).gather(1, labels[:, None])[:, 0].float()  # BCE needs fp32
 
