@@ -326,7 +326,7 @@ def main(argv=None):
         tqdm.write(f"{SCRIPT}: error: {error}", file=sys.stderr)  # clear of the bar
         sys.exit(2)
     except KeyboardInterrupt:
-        tqdm.write("stopped; --resume goes on after the last finished epoch", sys.stderr)
+        tqdm.write("stopped; --resume goes on after the last finished epoch, if any", sys.stderr)
         sys.exit(130)
 
 if __name__ == "__main__":

@@ -371,7 +371,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(script, run, data, tmp_path
     with monkeypatch.context() as patch:
         interrupt_at(script, patch, 6, ctrl_c)  # the last step of epoch 3 of 4
         line = refused(lambda: run(*flags), status=130)
-    assert line == "stopped; --resume goes on after the last finished epoch"
+    assert line == "stopped; --resume goes on after the last finished epoch, if any"
     script.main(["--data-dir", str(data), "--output-dir", str(tmp_path / "out"), "--resume"])
     assert same(outcome(tmp_path / "whole", script), outcome(tmp_path / "out", script))
 
@@ -703,7 +703,7 @@ def test_readme_names_real_flags_scripts_and_defaults(capsys):
         assert (HERE / link).exists(), link
 
 
-# How many lines of train and parse_args differ from dcgan_mnist.py's: labels, torchrun.
+# How many lines of train and parse_args differ from dcgan_mnist.py's: labels, torchrun, half lr.
 DIFFERENT = {"mlp_gan_mnist": (2, 2), "cgan_fashion_mnist": (15, 9), "cgan_cifar10": (59, 15)}
 
 
