@@ -46,7 +46,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 3, 32, 32) by logits (n,): above 0 for a real one of its label (n,)."""
+    """Judges images (n, 3, 32, 32) by logits: above 0 if real and of its label, (n,) or (n, k)."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -63,7 +63,7 @@ class Discriminator(nn.Module):
     def forward(self, images, labels):
         if self.training:  # noise hides the fine grain by which it would win (arXiv:1610.04490)
             images = images + 0.1 * torch.randn_like(images)
-        return self.network(images).gather(1, labels[:, None])[:, 0].float()  # BCE needs fp32
+        return self.network(images).gather(1, labels.view(len(images), -1)).squeeze(1).float()
 
 def initialize_weights(layer):
     """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""
@@ -179,9 +179,9 @@ def train(args, checkpoint=None):
     for network in (generator, discriminator):
         network.apply(initialize_weights).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(generator).requires_grad_(False).eval()
-    adam = {"betas": (args.beta1, 0.999), "fused": True}
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr / 2, **adam)  # or it wins
+    adam = {"lr": args.lr, "betas": (args.beta1, 0.999), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
     done, rows, seconds = 0, [], 0.0
@@ -191,8 +191,8 @@ def train(args, checkpoint=None):
                 part.load_state_dict(checkpoint["parts"][name])
         done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
         args.epochs = max(args.epochs, done)
-        optimizer_g.param_groups[0]["lr"] = args.lr  # load_state_dict brought the old one back
-        optimizer_d.param_groups[0]["lr"] = args.lr / 2
+        for group in optimizer_g.param_groups + optimizer_d.param_groups:
+            group["lr"] = args.lr  # load_state_dict brought the old one back
     elif args.overwrite and rank == 0:
         with explain(f"can't empty {folder}"):
             for path in [path for name in RUN_FILES for path in folder.glob(name)]:
@@ -217,17 +217,18 @@ def train(args, checkpoint=None):
         bar = tqdm(order.view(steps, -1)[:, rank::processes], f"Epoch {epoch}/{args.epochs}",
                    leave=False, disable=rank > 0 or None)  # None: no bar in a log file
         for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
-            label = labels[indices]
+            label = labels[indices]  # under a wrong one, real images are fake too: arXiv:1605.05396
             real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
             kept = torch.rand(args.batch_size, 1, 1, 1, device=device)[rank::processes] < 0.5
             real = torch.where(kept, real, real.flip(3))  # half of them mirrored
             noise = torch.randn(args.batch_size, args.latent_dim, device=device)[rank::processes]
+            wrong = (label + torch.randint_like(label, 1, len(CLASSES))) % len(CLASSES)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 fake = generator(noise, label)
-                real_logits = discriminator(real, label)
+                real_logits, wrong_logits = discriminator(real, torch.stack((label, wrong), 1)).T
                 fake_logits = discriminator(fake.detach(), label)
-            loss_d = discriminator_loss(real_logits, fake_logits)
+            loss_d = discriminator_loss(real_logits, torch.cat((fake_logits, wrong_logits)))
             optimizer_d.zero_grad()
             loss_d.backward()
             optimizer_d.step()
@@ -323,9 +324,8 @@ def parse_args(argv):
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, whole = parser.add_argument, number(int, 1, 9999)
     add("--epochs", type=whole, default=200, help="passes over the training images, in all")
-    # the papers have batches of 128 and lr 2e-4 for both; here 5e-4 and 1e-3 began alike
     add("--batch-size", type=number(int, 2, 10**6), default=64, help="images in a step")
-    add("--lr", type=number(float, 1e-9, 1), default=5e-4, help="learning rate, discriminator half")
+    add("--lr", type=number(float, 1e-9, 1), default=5e-4, help="learning rate of both Adams")
     add("--beta1", type=number(float, 0, 0.9999), default=0.5, help="decay of Adam's mean gradient")
     add("--latent-dim", type=whole, default=100, help="noise values that make an image")
     add("--seed", type=number(int, 0, 10**9), default=0, help="of all that is random")

@@ -45,7 +45,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 1, 28, 28) by logits (n,): above 0 for a real one of its label (n,)."""
+    """Judges images (n, 1, 28, 28) by logits: above 0 if real and of its label, (n,) or (n, k)."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images, labels):
-        return self.network(images).gather(1, labels[:, None])[:, 0].float()  # BCE needs fp32
+        return self.network(images).gather(1, labels.view(len(images), -1)).squeeze(1).float()
 
 def initialize_weights(layer):
     """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""
@@ -203,15 +203,16 @@ def train(args, checkpoint=None):
         bar = tqdm(order.split(args.batch_size), f"Epoch {epoch}/{args.epochs}", leave=False,
                    disable=None)  # None: no bar in a log file
         for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
-            label = labels[indices]
+            label = labels[indices]  # under a wrong one, real images are fake too: arXiv:1605.05396
             real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
             noise = torch.randn(args.batch_size, args.latent_dim, device=device)
+            wrong = (label + torch.randint_like(label, 1, len(CLASSES))) % len(CLASSES)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 fake = generator(noise, label)
-                real_logits = discriminator(real, label)
+                real_logits, wrong_logits = discriminator(real, torch.stack((label, wrong), 1)).T
                 fake_logits = discriminator(fake.detach(), label)
-            loss_d = discriminator_loss(real_logits, fake_logits)
+            loss_d = discriminator_loss(real_logits, torch.cat((fake_logits, wrong_logits)))
             optimizer_d.zero_grad()
             loss_d.backward()
             optimizer_d.step()

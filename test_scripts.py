@@ -163,6 +163,8 @@ def test_labels_reach_both_networks(script):
     images = [generator(noise, torch.tensor([label])) for label in range(10)]
     logits = [discriminator(images[0], torch.tensor([label])).item() for label in range(10)]
     assert len({image.sum().item() for image in images}) == len(set(logits)) == 10
+    pairs = discriminator(images[0], torch.tensor([[3, 7]]))
+    assert pairs.shape == (1, 2) and pairs[0].tolist() == pytest.approx([logits[3], logits[7]])
     torch.manual_seed(0)
     one = script.sample(generator, [0])
     torch.manual_seed(0)
@@ -234,6 +236,28 @@ def test_loss_rows_are_means_since_the_row_before(script, run, tmp_path, monkeyp
     rows = list(csv.DictReader((tmp_path / "out/losses.csv").open()))
     expected = [torch.stack(part).mean().item() for part in (losses[:3], losses[3:])]
     assert [float(row["generator_loss"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+
+
+def test_real_images_count_as_fake_under_another_label(script, run, monkeypatch):
+    if not conditional(script):
+        pytest.skip("no labels")
+    calls, losses = [], []
+
+    class Recorded(script.Discriminator):
+        def forward(self, images, labels):
+            calls.append((labels, super().forward(images, labels)))
+            return calls[-1][1]
+    original = script.discriminator_loss
+    monkeypatch.setattr(script, "Discriminator", Recorded)
+    monkeypatch.setattr(script, "discriminator_loss",
+                        lambda *logits: losses.append(logits) or original(*logits))
+    run("--batch-size", 120)
+    (pairs, of_real), (labels, of_fake) = calls[:2]
+    assert torch.equal(pairs[:, 0], labels) and len(labels.unique()) == 10
+    distance = (pairs[:, 1] - labels) % 10
+    assert set(distance.tolist()) == set(range(1, 10))
+    assert torch.equal(losses[0][0], of_real[:, 0])
+    assert torch.equal(losses[0][1], torch.cat((of_fake, of_real[:, 1])))
 
 
 def test_seed_and_epoch_govern_what_is_drawn(script, run, tmp_path, monkeypatch):
@@ -387,8 +411,7 @@ def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, 
     checkpoint = saved(tmp_path / "out/checkpoint.pt", script)
     assert checkpoint["epoch"] == 2 and checkpoint["settings"]["seed"] == 7
     for optimizer in ("optimizer_g", "optimizer_d"):
-        half = script.__name__ == "cgan_cifar10" and optimizer == "optimizer_d"
-        assert checkpoint["parts"][optimizer]["param_groups"][0]["lr"] == 0.000123 / (1 + half)
+        assert checkpoint["parts"][optimizer]["param_groups"][0]["lr"] == 0.000123
     run("--resume", "--epochs", 1)  # it has two already
     assert saved(tmp_path / "out/checkpoint.pt", script)["settings"]["epochs"] == 2
 
@@ -470,7 +493,8 @@ datasets.CIFAR10.meta = {**datasets.CIFAR10.meta, "md5": None}
 for network in (cgan_cifar10.Generator, cgan_cifar10.Discriminator):
     network.__init__.__defaults__ = (*network.__init__.__defaults__[:-1], 8)
 nn.BatchNorm2d = lambda channels: nn.Identity()  # its statistics are each process's own
-torch.randn_like = torch.zeros_like  # so is the noise on the discriminator's images
+torch.randn_like = torch.zeros_like  # so is the noise on the discriminator's images,
+torch.randint_like = lambda labels, *ends: torch.ones_like(labels)  # and so are the wrong labels
 cgan_cifar10.initialize_weights = lambda layer: None  # without BatchNorm too small for gradients
 cgan_cifar10.main()
 """
@@ -497,6 +521,7 @@ def test_two_processes_compute_what_one_does(script, run, torchrun, data, tmp_pa
     assert "Warning" not in done.stderr
     monkeypatch.setattr(torch.nn, "BatchNorm2d", lambda channels: torch.nn.Identity())
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(torch, "randint_like", lambda labels, *ends: torch.ones_like(labels))
     monkeypatch.setattr(script, "initialize_weights", lambda layer: None)
     run("--epochs", 1, *flags)
     rows = [list(csv.DictReader((folder / "losses.csv").open()))
@@ -703,8 +728,8 @@ def test_readme_names_real_flags_scripts_and_defaults(capsys):
         assert (HERE / link).exists(), link
 
 
-# How many lines of train and parse_args differ from dcgan_mnist.py's: labels, torchrun, half lr.
-DIFFERENT = {"mlp_gan_mnist": (2, 2), "cgan_fashion_mnist": (15, 9), "cgan_cifar10": (59, 15)}
+# How many lines of train and parse_args differ from dcgan_mnist.py's: for labels and torchrun.
+DIFFERENT = {"mlp_gan_mnist": (2, 2), "cgan_fashion_mnist": (18, 9), "cgan_cifar10": (52, 14)}
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
