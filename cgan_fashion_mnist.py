@@ -45,7 +45,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 1, 28, 28) by logits: above 0 if real and of its label, (n,) or (n, k)."""
+    """Judges images (n, 1, 28, 28) by logits: above 0 if real and of its label, (n,) or (k, n)."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images, labels):
-        return self.network(images).gather(1, labels.view(len(images), -1)).squeeze(1).float()
+        return (self.network(images) * F.one_hot(labels, len(CLASSES))).sum(-1).float()  # for BCE
 
 def initialize_weights(layer):
     """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""
@@ -210,7 +210,7 @@ def train(args, checkpoint=None):
 
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 fake = generator(noise, label)
-                real_logits, wrong_logits = discriminator(real, torch.stack((label, wrong), 1)).T
+                real_logits, wrong_logits = discriminator(real, torch.stack((label, wrong)))
                 fake_logits = discriminator(fake.detach(), label)
             loss_d = discriminator_loss(real_logits, torch.cat((fake_logits, wrong_logits)))
             optimizer_d.zero_grad()

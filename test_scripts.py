@@ -163,8 +163,8 @@ def test_labels_reach_both_networks(script):
     images = [generator(noise, torch.tensor([label])) for label in range(10)]
     logits = [discriminator(images[0], torch.tensor([label])).item() for label in range(10)]
     assert len({image.sum().item() for image in images}) == len(set(logits)) == 10
-    pairs = discriminator(images[0], torch.tensor([[3, 7]]))
-    assert pairs.shape == (1, 2) and pairs[0].tolist() == pytest.approx([logits[3], logits[7]])
+    pairs = discriminator(images[0], torch.tensor([[3], [7]]))
+    assert pairs.shape == (2, 1) and pairs[:, 0].tolist() == pytest.approx([logits[3], logits[7]])
     torch.manual_seed(0)
     one = script.sample(generator, [0])
     torch.manual_seed(0)
@@ -253,11 +253,11 @@ def test_real_images_count_as_fake_under_another_label(script, run, monkeypatch)
                         lambda *logits: losses.append(logits) or original(*logits))
     run("--batch-size", 120)
     (pairs, of_real), (labels, of_fake) = calls[:2]
-    assert torch.equal(pairs[:, 0], labels) and len(labels.unique()) == 10
-    distance = (pairs[:, 1] - labels) % 10
+    assert torch.equal(pairs[0], labels) and len(labels.unique()) == 10
+    distance = (pairs[1] - labels) % 10
     assert set(distance.tolist()) == set(range(1, 10))
-    assert torch.equal(losses[0][0], of_real[:, 0])
-    assert torch.equal(losses[0][1], torch.cat((of_fake, of_real[:, 1])))
+    assert torch.equal(losses[0][0], of_real[0])
+    assert torch.equal(losses[0][1], torch.cat((of_fake, of_real[1])))
 
 
 def test_seed_and_epoch_govern_what_is_drawn(script, run, tmp_path, monkeypatch):
