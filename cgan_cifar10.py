@@ -46,7 +46,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 3, 32, 32) by logits: above 0 if real and of its label, (n,) or (k, n)."""
+    """Judges images (n, 3, 32, 32), labels (n,) or (k, n) by logits: above 0 if real and right."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -72,7 +72,7 @@ def initialize_weights(layer):
 
 # ---- losses (arXiv:1406.2661): BCE on logits; Sigmoid, then BCELoss, would round gradients to 0
 def discriminator_loss(real_logits, fake_logits):
-    """Return the mean of -log D(real) - log(1 - D(fake)) over logits (n,), D their sigmoid."""
+    """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -140,7 +140,7 @@ def save_epoch(args, epoch, parts, rows):
     """Write an epoch's files: checkpoint.pt last, for it says that the others are there."""
     folder, average = args.output_dir, parts["average"]
     if epoch % args.sample_every == 0 or epoch == args.epochs:
-        torch.manual_seed(args.seed)  # the same noise each time: one can watch a digit form
+        torch.manual_seed(args.seed)  # the same noise each time: one can watch images form
         labels = torch.arange(len(CLASSES)).repeat_interleave(10)
         save_grid(folder / f"samples/epoch_{epoch:04}.png", sample(average, labels), names=CLASSES)
     if epoch == 0:
@@ -197,8 +197,8 @@ def train(args, checkpoint=None):
         with explain(f"can't empty {folder}"):
             for path in [path for name in RUN_FILES for path in folder.glob(name)]:
                 path.unlink()
-    if processes > 1:  # PyTorch's own averaging will do, as each backward is for one network alone
-        warnings.filterwarnings("ignore", ".broadcast_buffers")  # its successor is too new
+    if processes > 1:  # DDP averages gradients; it can, as each backward is for one network alone
+        warnings.filterwarnings("ignore", ".broadcast_buffers")  # its heir, forward_..., is too new
         generator, discriminator = (nn.parallel.DistributedDataParallel(
             part, broadcast_buffers=False) for part in (generator, discriminator))
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
@@ -217,7 +217,7 @@ def train(args, checkpoint=None):
         bar = tqdm(order.view(steps, -1)[:, rank::processes], f"Epoch {epoch}/{args.epochs}",
                    leave=False, disable=rank > 0 or None)  # None: no bar in a log file
         for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
-            label = labels[indices]  # under a wrong one, real images are fake too: arXiv:1605.05396
+            label = labels[indices]  # real images count as fake under `wrong`: arXiv:1605.05396
             real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
             kept = torch.rand(args.batch_size, 1, 1, 1, device=device)[rank::processes] < 0.5
             real = torch.where(kept, real, real.flip(3))  # half of them mirrored
@@ -237,7 +237,7 @@ def train(args, checkpoint=None):
                 fake_logits = discriminator(fake, label)
             loss_g = generator_loss(fake_logits)  # of the images that the discriminator just saw
             optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))  # the others stay as they are
+            loss_g.backward(inputs=list(generator.parameters()))  # none for the discriminator
             optimizer_g.step()
             for averaged, live in zip(average.parameters(), generator.parameters()):
                 averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
@@ -311,8 +311,8 @@ def number(kind, low, high):
 
 def find_label(text):
     """Return the label that `text` means: a number, a name or the beginning of one, in any case."""
-    found = [label for label, name in enumerate(CLASSES)
-             if text == str(label) or name.lower().startswith(text.lower())]
+    found = [i for i, name in enumerate(CLASSES) if text.lower() in (str(i), name.lower())] or [
+        i for i, name in enumerate(CLASSES) if name.lower().startswith(text.lower())]
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} doesn't say which of {', '.join(CLASSES)}")
     return found[0]
@@ -320,7 +320,7 @@ def find_label(text):
 def parse_args(argv):
     """Return the arguments and, with --resume, the run's checkpoint; exit on a mistake."""
     parser = argparse.ArgumentParser(
-        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # one line
+        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # 1-line errors
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, whole = parser.add_argument, number(int, 1, 9999)
     add("--epochs", type=whole, default=200, help="passes over the training images, in all")

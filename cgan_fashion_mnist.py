@@ -45,7 +45,7 @@ class Generator(nn.Module):
         return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
 
 class Discriminator(nn.Module):
-    """Judges images (n, 1, 28, 28) by logits: above 0 if real and of its label, (n,) or (k, n)."""
+    """Judges images (n, 1, 28, 28), labels (n,) or (k, n) by logits: above 0 if real and right."""
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
@@ -67,7 +67,7 @@ def initialize_weights(layer):
 
 # ---- losses (arXiv:1406.2661): BCE on logits; Sigmoid, then BCELoss, would round gradients to 0
 def discriminator_loss(real_logits, fake_logits):
-    """Return the mean of -log D(real) - log(1 - D(fake)) over logits (n,), D their sigmoid."""
+    """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -137,7 +137,7 @@ def save_epoch(args, epoch, parts, rows):
     """Write an epoch's files: checkpoint.pt last, for it says that the others are there."""
     folder, average = args.output_dir, parts["average"]
     if epoch % args.sample_every == 0 or epoch == args.epochs:
-        torch.manual_seed(args.seed)  # the same noise each time: one can watch a digit form
+        torch.manual_seed(args.seed)  # the same noise each time: one can watch images form
         labels = torch.arange(len(CLASSES)).repeat_interleave(10)
         save_grid(folder / f"samples/epoch_{epoch:04}.png", sample(average, labels), names=CLASSES)
     if epoch == 0:
@@ -203,7 +203,7 @@ def train(args, checkpoint=None):
         bar = tqdm(order.split(args.batch_size), f"Epoch {epoch}/{args.epochs}", leave=False,
                    disable=None)  # None: no bar in a log file
         for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
-            label = labels[indices]  # under a wrong one, real images are fake too: arXiv:1605.05396
+            label = labels[indices]  # real images count as fake under `wrong`: arXiv:1605.05396
             real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
             noise = torch.randn(args.batch_size, args.latent_dim, device=device)
             wrong = (label + torch.randint_like(label, 1, len(CLASSES))) % len(CLASSES)
@@ -221,7 +221,7 @@ def train(args, checkpoint=None):
                 fake_logits = discriminator(fake, label)
             loss_g = generator_loss(fake_logits)  # of the images that the discriminator just saw
             optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))  # the others stay as they are
+            loss_g.backward(inputs=list(generator.parameters()))  # none for the discriminator
             optimizer_g.step()
             for averaged, live in zip(average.parameters(), generator.parameters()):
                 averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
@@ -290,8 +290,8 @@ def number(kind, low, high):
 
 def find_label(text):
     """Return the label that `text` means: a number, a name or the beginning of one, in any case."""
-    found = [label for label, name in enumerate(CLASSES)
-             if text == str(label) or name.lower().startswith(text.lower())]
+    found = [i for i, name in enumerate(CLASSES) if text.lower() in (str(i), name.lower())] or [
+        i for i, name in enumerate(CLASSES) if name.lower().startswith(text.lower())]
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} doesn't say which of {', '.join(CLASSES)}")
     return found[0]
@@ -299,7 +299,7 @@ def find_label(text):
 def parse_args(argv):
     """Return the arguments and, with --resume, the run's checkpoint; exit on a mistake."""
     parser = argparse.ArgumentParser(
-        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # one line
+        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # 1-line errors
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, whole = parser.add_argument, number(int, 1, 9999)
     add("--epochs", type=whole, default=50, help="passes over the training images, in all")

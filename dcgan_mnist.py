@@ -65,7 +65,7 @@ def initialize_weights(layer):
 
 # ---- losses (arXiv:1406.2661): BCE on logits; Sigmoid, then BCELoss, would round gradients to 0
 def discriminator_loss(real_logits, fake_logits):
-    """Return the mean of -log D(real) - log(1 - D(fake)) over logits (n,), D their sigmoid."""
+    """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -131,7 +131,7 @@ def save_epoch(args, epoch, parts, rows):
     """Write an epoch's files: checkpoint.pt last, for it says that the others are there."""
     folder, average = args.output_dir, parts["average"]
     if epoch % args.sample_every == 0 or epoch == args.epochs:
-        torch.manual_seed(args.seed)  # the same noise each time: one can watch a digit form
+        torch.manual_seed(args.seed)  # the same noise each time: one can watch images form
         save_grid(folder / f"samples/epoch_{epoch:04}.png", sample(average, 64))
     if epoch == 0:
         return
@@ -210,7 +210,7 @@ def train(args, checkpoint=None):
                 fake_logits = discriminator(fake)
             loss_g = generator_loss(fake_logits)  # of the images that the discriminator just saw
             optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))  # the others stay as they are
+            loss_g.backward(inputs=list(generator.parameters()))  # none for the discriminator
             optimizer_g.step()
             for averaged, live in zip(average.parameters(), generator.parameters()):
                 averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
@@ -275,7 +275,7 @@ def number(kind, low, high):
 def parse_args(argv):
     """Return the arguments and, with --resume, the run's checkpoint; exit on a mistake."""
     parser = argparse.ArgumentParser(
-        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # one line
+        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # 1-line errors
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, whole = parser.add_argument, number(int, 1, 9999)
     add("--epochs", type=whole, default=50, help="passes over the training images, in all")

@@ -1,4 +1,5 @@
 """Tests of the four scripts on tiny data sets made here: no network, no GPU, a minute or so."""
+import argparse
 import ast
 import csv
 import difflib
@@ -351,6 +352,15 @@ def test_a_label_draws_its_class_only(script, run, tmp_path, capsys):
     torch.manual_seed(0)
     script.save_grid(tmp_path / "expected.png", script.sample(generator, [1, 1, 1]))
     assert drawn == [(tmp_path / "expected.png").read_bytes()] * 4
+
+
+def test_a_label_that_begins_another_is_found_by_its_whole_name(script, monkeypatch):
+    if not conditional(script):
+        pytest.skip("no labels")
+    monkeypatch.setattr(script, "CLASSES", ["caterpillar", "Cat"])
+    assert [script.find_label(text) for text in ("cat", "Cate", "1")] == [1, 0, 1]
+    with pytest.raises(argparse.ArgumentTypeError):
+        script.find_label("ca")
 
 
 # ---- resume: exact, and nothing is lost
