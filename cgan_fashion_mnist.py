@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Conditional DCGAN on Fashion-MNIST: name a class of clothes, and the generator draws it.
+"""Conditional DCGAN on Fashion-MNIST: name a class of clothes, and the generator generates it.
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with the
 convolutional networks of arXiv:1511.06434.
 
     python cgan_fashion_mnist.py --epochs 50             train, into outputs/cgan_fashion_mnist
     python cgan_fashion_mnist.py --epochs 80 --resume    go on with that run, up to 80 epochs in all
-    python cgan_fashion_mnist.py --generate 25 --label sneaker    draw 25 sneakers
+    python cgan_fashion_mnist.py --generate 25 --label sneaker    generate 25 sneakers
 """
-import argparse, contextlib, copy, io, os, sys, time, warnings
+
+import argparse
+import contextlib
+import copy
+import io
+import math
+import os
+import re
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,338 +31,624 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-SCRIPT = "cgan_fashion_mnist"  # key in saved files: a renamed copy of this script still reads them
 CLASSES = datasets.FashionMNIST.classes  # names by label
 
 # ---- networks
+
+
 class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) and labels (n,) into images (n, 1, 28, 28) in [-1, 1]."""
+
     def __init__(self, latent_dim=64, width=32):
         super().__init__()
         self.latent_dim = latent_dim
+        self.width = width
         self.network = nn.Sequential(
             # a transposed convolution over a 1x1 image is this matrix product, only slower
             nn.Linear(latent_dim + len(CLASSES), 4 * width * 7 * 7, bias=False),
-            nn.Unflatten(1, (4 * width, 7, 7)), nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True),
+            nn.Unflatten(1, (4 * width, 7, 7)),
+            nn.BatchNorm2d(4 * width),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 14x14
-            nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # 28x28
-            nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, 1, 3, padding=1), nn.Tanh(),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, 1, 3, padding=1),
+            nn.Tanh(),
         )
 
     def forward(self, noise, labels):
-        return self.network(torch.cat((noise, F.one_hot(labels, len(CLASSES))), dim=1))
+        one_hot = F.one_hot(labels, len(CLASSES))
+        return self.network(torch.cat((noise, one_hot), dim=1))
+
 
 class Discriminator(nn.Module):
-    """Judges images (n, 1, 28, 28), labels (n,) or (k, n) by logits: above 0 if real and right."""
+    """Turns images (n, 1, 28, 28) into logits (n, 10): above 0 for a real one of that class."""
+
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(1, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True),  # 14x14
+            nn.Conv2d(1, width, 4, stride=2, padding=1),  # 14x14
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),  # 7x7
-            nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2, inplace=True),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2, inplace=True),
-            nn.Flatten(), nn.Linear(4 * width * 7 * 7, len(CLASSES)),  # projection arXiv:1802.05637
+            nn.BatchNorm2d(4 * width),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Flatten(),
+            nn.Linear(4 * width * 7 * 7, len(CLASSES)),  # a projection: arXiv:1802.05637
         )
 
-    def forward(self, images, labels):
-        return (self.network(images) * F.one_hot(labels, len(CLASSES))).sum(-1).float()  # for BCE
+    def forward(self, images):
+        return self.network(images).float()  # BCE needs fp32
+
+
+def pick(logits, labels):
+    """Return, of logits (n, classes), each image's for its own label: (n,)."""
+    return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
 
 def initialize_weights(layer):
     """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""
     if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(layer.weight, 0.0, 0.02)
 
+
 # ---- losses (arXiv:1406.2661): BCE on logits; Sigmoid, then BCELoss, would round gradients to 0
+
+
 def discriminator_loss(real_logits, fake_logits):
     """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
 
+
 def generator_loss(fake_logits):
     """Return the mean of -log D(fake) over logits (n,): the paper's "non-saturating" loss."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
+
+# ---- training
+
+
+class GAN:
+    """Both networks, their optimizers, and the averaged generator that draws the samples."""
+
+    PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
+
+    def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
+        adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
+        self.generator = generator
+        self.discriminator = discriminator
+        self.average = copy.deepcopy(generator).requires_grad_(False).eval()
+        self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+        self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+        self.bf16 = bf16
+
+    def step(self, real, labels):
+        """Train both networks on real images (n, 1, 28, 28) in [-1, 1]; return both losses (2,).
+
+        Real images under a wrong one of the labels (n,) count as fake, too: arXiv:1605.05396.
+        """
+        noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
+        wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
+        autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
+
+        # discriminator: 1 for real images, 0 for the generator's and under wrong labels
+        with autocast:
+            fake = self.generator(noise, labels)
+            real_logits = self.discriminator(real)
+            fake_logits = self.discriminator(fake.detach())
+        negatives = torch.cat((pick(fake_logits, labels), pick(real_logits, wrong)))
+        loss_d = discriminator_loss(pick(real_logits, labels), negatives)
+        self.optimizer_d.zero_grad()
+        loss_d.backward()
+        self.optimizer_d.step()
+
+        # generator: 1 for the same images, from the discriminator as it is now
+        with autocast:
+            fake_logits = self.discriminator(fake)
+        loss_g = generator_loss(pick(fake_logits, labels))
+        self.optimizer_g.zero_grad()
+        loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's
+        self.optimizer_g.step()
+        return torch.stack((loss_d, loss_g)).detach()
+
+    def update_average(self, weight):
+        """Move the averaged weights by `weight`, 0 to 1, of the way to the generator's."""
+        parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
+        for average, live in parameters:
+            average.lerp_(live.detach(), weight)
+
+    def update_statistics(self, batches, batch_size):
+        """Give the average's BatchNorm layers the statistics of what the average generates."""
+        device = next(self.average.parameters()).device
+        self.average.train()
+        for _ in range(batches):
+            noise = torch.randn(batch_size, self.average.latent_dim, device=device)
+            self.average(noise, torch.randint(len(CLASSES), (batch_size,), device=device))
+        self.average.eval()
+
+    def state_dict(self):
+        """Return the state of the networks and optimizers, by name."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
+
+    def load_state_dict(self, state):
+        """Take a state_dict over, but for its learning rate."""
+        lr = self.optimizer_g.param_groups[0]["lr"]
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer_g.param_groups + self.optimizer_d.param_groups:
+            group["lr"] = lr
+
+
+def train_epoch(gan, images, labels, epoch, seconds, args):
+    """Train on every full batch once, after `seconds` of training; return rows for losses.csv."""
+    start = time.perf_counter()
+    order = torch.randperm(len(images), device=images.device)
+    batches = order.split(args.batch_size)[: len(images) // args.batch_size]
+    rows, losses = [], []
+    progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=None)
+    for done, indices in enumerate(progress, 1):
+        step = (epoch - 1) * len(batches) + done
+        real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
+        losses.append(gan.step(real, labels[indices]))
+        gan.update_average(weight=max(0.001, 10 / (step + 10)))  # the latest tenth, up to 1,000
+
+        if done % args.log_every == 0 or done == len(batches):
+            since_last = (done - 1) % args.log_every + 1  # counted within the epoch: alike rows
+            mean_d, mean_g = mean_losses(gan, losses[-since_last:], step)
+            now = round(seconds + time.perf_counter() - start, 3)
+            rows.append(dict(zip(COLUMNS, (epoch, step, mean_d, mean_g, now), strict=True)))
+            if done % args.log_every == 0:
+                tqdm.write(
+                    f"Step {step}: Generator loss: {mean_g:.3f}, discriminator loss: {mean_d:.3f}"
+                )
+    count = len(batches) * args.batch_size
+    report(epoch, args.epochs, mean_losses(gan, losses, step), now - seconds, count)
+    gan.update_statistics(min(50, len(batches)), args.batch_size)
+    return rows
+
+
+def train(args):
+    """Train from the start, or with --resume from the last finished epoch."""
+    images, labels = load_images(args.data_dir)
+    images = images.to(args.device)  # all of them, as bytes: no DataLoader
+    labels = labels.to(args.device)
+    if args.batch_size > len(images):
+        raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
+    gan = build_gan(args)
+    done, rows = load_checkpoint(gan, len(images), args) if args.resume else (0, [])
+    start_outputs(gan, images, labels, rows, done, args)
+    for epoch in range(done + 1, args.epochs + 1):
+        torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
+        seconds = rows[-1]["seconds"] if rows else 0.0
+        rows += train_epoch(gan, images, labels, epoch, seconds, args)
+        save_outputs(gan, rows, epoch, args)
+        save_checkpoint(gan, rows, len(images), args)  # last: it vouches for the rest
+    save_animation(args.output_dir, rows[-1]["epoch"])
+    print(f"Finished: all is in {args.output_dir}; --generate generates more")
+
+
+def build_gan(args):
+    """Return a new GAN on args.device, its random weights governed by args.seed."""
+    torch.manual_seed(args.seed)
+    networks = Generator(args.latent_dim, args.width), Discriminator(args.width)
+    for network in networks:  # in their final memory format before Adam sees them
+        network.apply(initialize_weights).to(args.device, memory_format=torch.channels_last)
+    bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        bf16 = multiplies_bf16(torch.device(args.device))
+    return GAN(*networks, args.lr, args.beta1, bf16)
+
+
+def multiplies_bf16(device):
+    """Return whether bf16 is fast there: on CUDA cards from Ampere on and on CPUs with AMX."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def mean_losses(gan, losses, step):
+    """Return the means of losses [(2,), ...] as floats; UsageError if training has diverged."""
+    mean = torch.stack(losses).mean(dim=0)
+    if not all(values.isfinite().all() for values in (mean, *gan.generator.parameters())):
+        raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
+    return mean.tolist()
+
+
+def report(epoch, epochs, losses, seconds, images):
+    """Print an epoch's line: its mean losses, its seconds, its pace, and the time that is left."""
+    left = timedelta(seconds=round(seconds * (epochs - epoch)))
+    print(
+        f"Epoch {epoch}/{epochs}: discriminator loss {losses[0]:.3f}, "
+        f"generator loss {losses[1]:.3f}, {seconds:.1f} s, "
+        f"{images / seconds:,.0f} images/s, {left} left",
+        flush=True,
+    )
+
+
 # ---- data
+
+
 def load_images(folder):
     """Return Fashion-MNIST's training images, uint8 (60000, 1, 28, 28), and labels (60000,)."""
-    dataset, files = datasets.FashionMNIST, [name for name, _ in datasets.FashionMNIST.resources]
-    with explain(f"no usable Fashion-MNIST in {folder}/FashionMNIST/raw: delete that folder to "
-                 f"download it again, or put there, from {dataset.mirrors[0]}, {', '.join(files)}"):
-        dataset = dataset(folder, train=True, download=True)
-        return dataset.data.unsqueeze(1), dataset.targets
+    source = datasets.FashionMNIST.mirrors[0]
+    files = ", ".join(name for name, _ in datasets.FashionMNIST.resources)
+    with explain(
+        f"no usable Fashion-MNIST in {folder}/FashionMNIST/raw: delete that folder to download it "
+        f"again, or put there, from {source}, {files}"
+    ):
+        dataset = datasets.FashionMNIST(folder, train=True, download=True)
+    return dataset.data.unsqueeze(1), dataset.targets
 
-# ---- outputs
-DIGITS = "[0-9]" * 4
-RUN_FILES = ["real.png", f"samples/epoch_{DIGITS}.png", "samples.gif", "losses.csv", "losses.png",
-             "generator.pt", f"weights/epoch_{DIGITS}.pt", "checkpoint.pt"]  # in deletion's order
+
+# ---- sampling
+
+
+@torch.no_grad()
+def sample(generator, labels):
+    """Generate images of labels (n,), (n, 1, 28, 28) in [0, 1]; torch.manual_seed governs which."""
+    device = next(generator.parameters()).device
+    noise = torch.randn(len(labels), generator.latent_dim).to(device)
+    labels = torch.as_tensor(labels).to(device)
+    parts = zip(noise.split(500), labels.split(500), strict=True)
+    images = [generator(*part) for part in parts]
+    return (torch.cat(images) + 1) / 2
+
+
+def sample_rows(generator, labels, n, seed):
+    """Generate n images of each label, of the same noise for each: (len(labels) * n, C, H, W)."""
+    rows = []
+    for label in labels:
+        torch.manual_seed(seed)
+        rows.append(sample(generator, [label] * n))
+    return torch.cat(rows)
+
+
+def load_generator(path, device="cpu"):
+    """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
+    saved = load_file(path)
+    with explain(f"{path} holds no generator of {SCRIPT}.py"):
+        with torch.device("meta"):  # a wrong size in the file fails before memory is taken
+            generator = Generator(saved["latent_dim"], saved["width"])
+        generator.load_state_dict(saved["generator"], assign=True)
+    generator.to(device, torch.float32, memory_format=torch.channels_last)
+    return generator.eval()
+
+
+def generate(args):
+    """Generate args.generate images of a class, or of each, into one PNG and print its path."""
+    generator = load_generator(args.weights or args.output_dir / "generator.pt", args.device)
+    if args.label is None:
+        labels, names, columns, title = range(len(CLASSES)), CLASSES, args.generate, "every_class"
+    else:
+        labels, names, columns = [args.label], [], math.ceil(math.sqrt(args.generate))
+        title = re.sub(r"\W", "_", CLASSES[args.label])
+    images = sample_rows(generator, labels, args.generate, args.seed)
+    path = args.output_dir / f"generated_{title}_seed_{args.seed}.png"
+    save_grid(path, images, columns, names)
+    print(path)
+
+
+# ---- files
+
+SCRIPT = Path(__file__).stem
+COLUMNS = ["epoch", "step", "discriminator_loss", "generator_loss", "seconds"]
+MAX_FRAMES = 60
+NAME_WIDTH = 100  # pixels, of the column of class names beside a grid
+
 
 class UsageError(Exception):
     """An error that the user can put right: main prints it as one line and exits with 2."""
 
+
 @contextlib.contextmanager
 def explain(message):
-    """Turn an error inside the block into a UsageError that begins with `message`."""
+    """Turn any error inside the block, as damaged files raise, into one line of `message`."""
     try:
         yield
-    except Exception as error:  # the libraries below raise a dozen kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"{message} ({reason})") from error
 
-def write_file(path, save):
-    """Write what `save(file)` writes; a kill or a full disk leaves the old file or the new one."""
-    content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
-    save(content)
-    with explain(f"can't write {path}"):
+
+@contextlib.contextmanager
+def atomic_open(path):
+    """Yield a file in memory; then move it to `path` so that the old or the new one is whole."""
+    content = io.BytesIO()
+    yield content
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content.getbuffer())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"can't write {path} ({error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
-def save_grid(path, images, columns=10, names=()):
-    """Write images (n, C, H, W) in [0, 1] as a PNG of twice their size; `names`: of its rows."""
-    grid = make_grid(F.interpolate(images.cpu(), scale_factor=2), columns, pad_value=1.0)
-    picture = to_pil_image(F.pad(grid, (80 if names else 0, 0), value=1.0))
+
+def start_outputs(gan, images, labels, rows, done, args):
+    """Print what is to be trained; save what can be before training, or what a kill left undone."""
+    precision = "bf16" if gan.bf16 else "fp32"
+    print(f"{args.device}, {precision}, {len(images)} images, to {args.output_dir}", flush=True)
+    shown = [(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))]
+    real = images[torch.cat(shown)] / 255
+    save_grid(args.output_dir / "real.png", real, columns=10, names=CLASSES)
+    save_outputs(gan, rows, done, args)
+
+
+def save_outputs(gan, rows, epoch, args):
+    """Save what shows how an epoch's training went, and the generator as it is now."""
+    folder = args.output_dir
+    save_samples(gan.average, folder / f"samples/epoch_{epoch:04}.png", args.seed)
+    if epoch > 0:
+        save_losses(rows, folder)
+        save_weights(gan.average, folder / "generator.pt")
+    if epoch > 0 and epoch % args.save_every == 0:
+        save_weights(gan.average, folder / f"weights/epoch_{epoch:04}.pt")
+
+
+def save_grid(path, images, columns, names=()):
+    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size; `names`: of its rows."""
+    images = F.interpolate(images.cpu(), scale_factor=2)
+    margin = NAME_WIDTH if names else 0
+    grid = F.pad(make_grid(images, columns, pad_value=0.5), (margin, 0), value=1.0)
+    picture = to_pil_image(grid)
     for row, name in enumerate(names):
-        ImageDraw.Draw(picture).text((4, (row + 0.4) * picture.height / len(names)), name, "black")
-    write_file(path, lambda file: picture.save(file, "PNG"))
+        middle = (row + 0.5) * picture.height / len(names)
+        place = (NAME_WIDTH - 8, middle)
+        ImageDraw.Draw(picture).text(place, name, "black", anchor="rm", font_size=15)
+    with atomic_open(path) as file:
+        picture.save(file, "PNG")
 
-def save_losses(folder, rows):
-    """Write losses.csv and its plot; rows: epoch, step, both losses, seconds of training."""
-    text = "epoch,step,discriminator_loss,generator_loss,seconds\n"
-    text += "".join("{},{},{},{},{:.3f}\n".format(*row) for row in rows)
-    write_file(folder / "losses.csv", lambda file: file.write(text.encode()))
-    axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss")
-    for column, name in ((2, "discriminator"), (3, "generator")):
-        axes.plot([row[1] for row in rows], [row[column] for row in rows], label=name)
+
+def save_samples(generator, path, seed):
+    """Save a row of generated images for each class, always of the same noise."""
+    images = sample_rows(generator, range(len(CLASSES)), 10, seed)
+    save_grid(path, images, columns=10, names=CLASSES)
+
+
+def save_animation(folder, last_epoch):
+    """Save samples.gif of at most MAX_FRAMES sample grids, leaving out any that can't be read."""
+    count = min(last_epoch + 1, MAX_FRAMES)
+    frames = []
+    for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
+        path = folder / f"samples/epoch_{epoch:04}.png"
+        with contextlib.suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
+            frames.append(Image.open(io.BytesIO(path.read_bytes())).copy())
+    durations = [200] * (len(frames) - 1) + [2000]  # milliseconds
+    with atomic_open(folder / "samples.gif") as file:
+        frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
+
+
+def save_losses(rows, folder):
+    """Save losses.csv and its plot losses.png."""
+    lines = [",".join(COLUMNS)]
+    for row in rows:
+        lines.append(",".join(str(row[name]) for name in COLUMNS))
+    with atomic_open(folder / "losses.csv") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+    steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
+    epochs = [row["step"] / steps_per_epoch for row in rows]
+    axes = Figure(layout="constrained").add_subplot(title=SCRIPT, xlabel="epoch", ylabel="loss")
+    for name in ("discriminator", "generator"):
+        axes.plot(epochs, [row[f"{name}_loss"] for row in rows], label=name)
     axes.legend()
-    write_file(folder / "losses.png", lambda file: axes.figure.savefig(file, format="png"))
+    with atomic_open(folder / "losses.png") as file:
+        axes.figure.savefig(file, format="png")
 
-def save_epoch(args, epoch, parts, rows):
-    """Write an epoch's files: checkpoint.pt last, for it says that the others are there."""
-    folder, average = args.output_dir, parts["average"]
-    if epoch % args.sample_every == 0 or epoch == args.epochs:
-        torch.manual_seed(args.seed)  # the same noise each time: one can watch images form
-        labels = torch.arange(len(CLASSES)).repeat_interleave(10)
-        save_grid(folder / f"samples/epoch_{epoch:04}.png", sample(average, labels), names=CLASSES)
-    if epoch == 0:
-        return
-    save_losses(folder, rows)
-    weights = {SCRIPT: {"latent_dim": average.latent_dim, "generator": average.state_dict()}}
-    write_file(folder / "generator.pt", lambda file: torch.save(weights, file))
-    if epoch % args.save_every == 0:
-        write_file(folder / f"weights/epoch_{epoch:04}.pt", lambda file: torch.save(weights, file))
-    if epoch == args.epochs:
-        grids = sorted(folder.glob(f"samples/epoch_{DIGITS}.png"))
-        first, *others = map(Image.open, grids[::-(len(grids) // 50 + 1)][::-1])  # at most 50
-        write_file(folder / "samples.gif", lambda file: first.save(
-            file, "GIF", save_all=True, append_images=others, duration=200, loop=0))
-    checkpoint = {SCRIPT: {"epoch": epoch, "rows": rows,
-                           "settings": {name: getattr(args, name) for name in SETTINGS},
-                           "parts": {name: part.state_dict() for name, part in parts.items()}}}
-    write_file(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-# ---- training
-def train(args, checkpoint=None):
-    """Train as the command line's `args` say, from the start or from a loaded `checkpoint`."""
-    device, folder = torch.device(args.device), args.output_dir
-    images, labels = (part.to(device) for part in load_images(args.data_dir))  # no DataLoader
-    steps = len(images) // args.batch_size  # in an epoch; an incomplete batch is left out
-    if steps == 0:
-        raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
-    torch.manual_seed(args.seed)
-    generator, discriminator = Generator(args.latent_dim), Discriminator()
-    for network in (generator, discriminator):
-        network.apply(initialize_weights).to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(generator).requires_grad_(False).eval()
-    adam = {"lr": args.lr, "betas": (args.beta1, 0.999), "fused": True}
-    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
-    parts = {"generator": generator, "discriminator": discriminator, "average": average,
-             "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    done, rows, seconds = 0, [], 0.0
-    if checkpoint:
-        with explain(f"{folder}/checkpoint.pt doesn't fit these networks"):
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint["parts"][name])
-        done, rows, seconds = checkpoint["epoch"], checkpoint["rows"], checkpoint["rows"][-1][4]
-        args.epochs = max(args.epochs, done)
-        for group in optimizer_g.param_groups + optimizer_d.param_groups:
-            group["lr"] = args.lr  # load_state_dict brought the old one back
-    elif args.overwrite:
-        with explain(f"can't empty {folder}"):
-            for path in [path for name in RUN_FILES for path in folder.glob(name)]:
-                path.unlink()
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
-    bf16 = fast if args.precision == "auto" else args.precision == "bf16"  # AVX512-BF16: no gain
-    print(f"{device}, {'bf16' if bf16 else 'fp32'}, {len(images)} images, to {folder}", flush=True)
-    shown = torch.cat([(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))])
-    save_grid(folder / "real.png", images[shown] / 255, names=CLASSES)
-    save_epoch(args, done, parts, rows)  # before training; or again, what a kill left undone
-    totals = torch.zeros(2, device=device)  # of both losses since the last row
-    for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
-        start = time.perf_counter() - seconds
-        order = torch.randperm(len(images), device=device)[:steps * args.batch_size]
-        bar = tqdm(order.split(args.batch_size), f"Epoch {epoch}/{args.epochs}", leave=False,
-                   disable=None)  # None: no bar in a log file
-        for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
-            label = labels[indices]  # real images count as fake under `wrong`: arXiv:1605.05396
-            real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh draws
-            noise = torch.randn(args.batch_size, args.latent_dim, device=device)
-            wrong = (label + torch.randint_like(label, 1, len(CLASSES))) % len(CLASSES)
+def save_weights(generator, path):
+    """Save a generator as load_generator reads it: its sizes and its weights."""
+    sizes = {"latent_dim": generator.latent_dim, "width": generator.width}
+    with atomic_open(path) as file:
+        torch.save({**sizes, "generator": generator.state_dict()}, file)
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                fake = generator(noise, label)
-                real_logits, wrong_logits = discriminator(real, torch.stack((label, wrong)))
-                fake_logits = discriminator(fake.detach(), label)
-            loss_d = discriminator_loss(real_logits, torch.cat((fake_logits, wrong_logits)))
-            optimizer_d.zero_grad()
-            loss_d.backward()
-            optimizer_d.step()
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                fake_logits = discriminator(fake, label)
-            loss_g = generator_loss(fake_logits)  # of the images that the discriminator just saw
-            optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))  # none for the discriminator
-            optimizer_g.step()
-            for averaged, live in zip(average.parameters(), generator.parameters()):
-                averaged.lerp_(live.detach(), max(0.001, 10 / (step + 10)))  # EMA, quick at first
+def save_checkpoint(gan, rows, images, args):
+    """Save all that --resume needs; `images`: how many there are to train on."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    checkpoint = {"settings": settings, "rows": rows, "images": images, "gan": gan.state_dict()}
+    with atomic_open(args.output_dir / "checkpoint.pt") as file:
+        torch.save(checkpoint, file)
 
-            totals += torch.stack((loss_d, loss_g)).detach()  # .item() would wait for the device
-            if step % args.log_every == 0 or step == epoch * steps:
-                if not all(part.isfinite().all() for part in (totals, *generator.parameters())):
-                    raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
-                mean_d, mean_g = (totals / (step - (rows[-1][1] if rows else 0))).tolist()
-                rows.append([epoch, step, mean_d, mean_g, time.perf_counter() - start])
-                totals.zero_()
-                if step % args.log_every == 0:
-                    tqdm.write(f"Step {step}: Generator loss: {mean_g:.3f}, "
-                               f"discriminator loss: {mean_d:.3f}")
-        spent, seconds = rows[-1][4] - seconds, rows[-1][4]
-        print(f"Epoch {epoch}/{args.epochs}: {spent:.1f} s, {len(order) / spent:,.0f} images/s",
-              flush=True)
-        average.train()  # for its BatchNorm to take statistics of what the averaged weights draw
-        for _ in range(min(50, steps)):
-            average(torch.randn_like(noise), torch.randint_like(label, len(CLASSES)))
-        average.eval()
-        save_epoch(args, epoch, parts, rows)
-    print(f"Finished: all is in {folder}; --generate draws more")
 
-# ---- sampling
-def load_generator(path, device="cpu"):
-    """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
-    with explain(f"{path} holds no generator of {SCRIPT}; {Path(__file__).name} trains one"):
-        # tensors and plain values only: no code that the file may hold is run
-        saved = torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-        generator = Generator(saved["latent_dim"])
-        generator.load_state_dict(saved["generator"])
-    return generator.to(device).eval()
+def load_file(path):
+    """Return what torch.save wrote to `path`; no code that a stranger's file may hold is run."""
+    if not os.path.exists(path):
+        raise UsageError(f"there is no {path}; `python {SCRIPT}.py` trains a generator")
+    with explain(f"{path} can't be read"):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
-@torch.no_grad()
-def sample(generator, labels):
-    """Draw images of labels (n,), (n, 1, 28, 28) in [0, 1]; torch.manual_seed governs which."""
-    labels, noise = torch.as_tensor(labels), torch.randn(len(labels), generator.latent_dim)
-    inputs = [part.to(next(generator.parameters()).device).split(500) for part in (noise, labels)]
-    return torch.cat([generator(*part) for part in zip(*inputs)]).add(1).div(2)
 
-def generate(args):
-    """Draw args.generate images of args.label, or of each class, into a PNG and print its path."""
-    generator = load_generator(args.weights or args.output_dir / "generator.pt", args.device)
-    torch.manual_seed(args.seed)
-    every = args.label is None
-    labels = torch.tensor(range(len(CLASSES)) if every else [args.label])
-    title = "every_class" if every else CLASSES[args.label].replace("/", "_").replace(" ", "_")
-    path = args.output_dir / f"generated_{title}_seed_{args.seed}.png"
-    images = sample(generator, labels.repeat_interleave(args.generate))
-    save_grid(path, images, *((args.generate, CLASSES) if every else ()))
-    print(path)
+def load_settings(folder):
+    """Return the settings of the run in `folder`, by name."""
+    path = folder / "checkpoint.pt"
+    saved = load_file(path)
+    with explain(f"{path} holds no run of {SCRIPT}.py"):
+        return {name: saved["settings"][name] for name in SETTINGS}
+
+
+def load_checkpoint(gan, images, args):
+    """Put the saved state into `gan`; return how many epochs are done, and their rows."""
+    path = args.output_dir / "checkpoint.pt"
+    saved = load_file(path)
+    with explain(f"{path} doesn't fit these networks"):
+        gan.load_state_dict(saved["gan"])
+        rows = [{name: row[name] + 0 for name in COLUMNS} for row in saved["rows"]]  # numbers?
+        done, images_then = int(rows[-1]["epoch"]), int(saved["images"])
+    if images_then != images:
+        raise UsageError(f"{path} is of {images_then} images; {args.data_dir} holds {images}")
+    return done, rows
+
 
 # ---- command line
-FIXED = ["batch_size", "beta1", "latent_dim", "seed"]  # of a run: --resume can't change them
-SETTINGS = [*FIXED, "epochs", "lr", "precision", "sample_every", "log_every", "save_every"]
 
-def number(kind, low, high):
+FIXED = ["batch_size", "beta1", "latent_dim", "width", "seed"]  # --resume can't change them
+SETTINGS = [*FIXED, "epochs", "lr", "precision", "log_every", "save_every"]
+
+
+def between(kind, low, high):
     """Return an argparse type: an int or a float from `low` to `high`."""
-    def parse(text):
-        if not low <= kind(text) <= high:  # NaN is refused too
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN is refused too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+        return value
+
+    return number
+
 
 def find_label(text):
     """Return the label that `text` means: a number, a name or the beginning of one, in any case."""
-    found = [i for i, name in enumerate(CLASSES) if text.lower() in (str(i), name.lower())] or [
-        i for i, name in enumerate(CLASSES) if name.lower().startswith(text.lower())]
+    text = text.lower()
+    names = [name.lower() for name in CLASSES]
+    if text in names:
+        return names.index(text)
+    found = [i for i, name in enumerate(names) if text == str(i) or name.startswith(text)]
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} doesn't say which of {', '.join(CLASSES)}")
     return found[0]
 
-def parse_args(argv):
-    """Return the arguments and, with --resume, the run's checkpoint; exit on a mistake."""
-    parser = argparse.ArgumentParser(
-        prog=SCRIPT, description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,  # 1-line errors
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, whole = parser.add_argument, number(int, 1, 9999)
-    add("--epochs", type=whole, default=50, help="passes over the training images, in all")
+
+def make_parser():
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    shown = "(default: %(default)s)"
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")
+    integer = between(int, 1, 9999)
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs", type=integer, default=50, help=f"passes over the training images {shown}"
+    )
+    training.add_argument(
+        "--batch-size", type=between(int, 2, 10**6), default=64, help=f"images in a step {shown}"
+    )
     # the papers have batches of 128 and lr 2e-4; here 1e-3 was ahead of 5e-4 from the first epoch
-    add("--batch-size", type=number(int, 2, 10**6), default=64, help="images in a step")
-    add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="learning rate of both Adams")
-    add("--beta1", type=number(float, 0, 0.9999), default=0.5, help="decay of Adam's mean gradient")
-    add("--latent-dim", type=whole, default=64, help="noise values that make an image")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="of all that is random")
-    add("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"),
-        help="cpu, cuda, cuda:1, ... (mps is untried)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of arithmetic")
-    add("--data-dir", type=Path, default=Path("data"), help="where downloads go")
-    add("--output-dir", type=Path, default=Path("outputs", SCRIPT), help="where all else goes")
-    add("--sample-every", type=whole, default=1, help="epochs between sample grids")
-    add("--log-every", type=number(int, 1, 10**9), default=500, help="steps between loss lines")
-    add("--save-every", type=whole, default=10, help="epochs between weights that are kept")
-    alone = parser.add_mutually_exclusive_group().add_argument
-    alone("--resume", action="store_true", help="go on with the run in the output folder")
-    alone("--overwrite", action="store_true", help="delete the run in the output folder first")
-    alone("--generate", type=number(int, 1, 1000), metavar="N", help="draw N images a class")
-    add("--label", type=find_label, help="class to draw: number, name or beginning of a name")
-    add("--weights", type=Path, help="for --generate, if not the output folder's generator.pt")
-    args, checkpoint = parser.parse_args(argv), None
-    file = args.output_dir / "checkpoint.pt"
+    training.add_argument(
+        "--lr", type=between(float, 1e-9, 1), default=1e-3, help=f"Adam's learning rate {shown}"
+    )
+    training.add_argument(
+        "--beta1", type=between(float, 0, 0.9999), default=0.5, help=f"Adam's beta1 {shown}"
+    )
+    training.add_argument(
+        "--latent-dim", type=integer, default=64, help=f"noise values of an image {shown}"
+    )
+    training.add_argument(
+        "--seed", type=between(int, 0, 400_000), default=0, help=f"random seed {shown}"
+    )
+    training.add_argument(
+        "--device", default=device, help=f"cpu, cuda, cuda:1, mps (untried) {shown}"
+    )
+    training.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help=f"of the arithmetic; auto: bf16 where the hardware multiplies it {shown}",
+    )
+    training.add_argument(
+        "--width", type=integer, default=32, help=f"channels at full resolution {shown}"
+    )
+    training.add_argument(
+        "--resume", action="store_true", help="go on with the run in the output folder"
+    )
+
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help=f"where downloads go {shown}"
+    )
+    files.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("outputs", SCRIPT),
+        help=f"where everything else goes {shown}",
+    )
+    files.add_argument(
+        "--log-every",
+        type=between(int, 1, 10**9),
+        default=500,
+        help=f"steps between loss lines {shown}",
+    )
+    files.add_argument(
+        "--save-every", type=integer, default=10, help=f"epochs between kept weights {shown}"
+    )
+
+    generating = parser.add_argument_group("generating")
+    generating.add_argument(
+        "--generate",
+        type=between(int, 1, 1000),
+        metavar="N",
+        help="generate N images a class; don't train",
+    )
+    generating.add_argument(
+        "--label", type=find_label, help="the one class: a number, name or beginning of a name"
+    )
+    generating.add_argument(
+        "--weights", type=Path, help="the generator to use (default: the output folder's)"
+    )
+    return parser
+
+
+def parse_args(argv):
+    """Return the command line's arguments, with --resume on top of the run's own settings."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.generate and args.resume:
+        parser.error("--generate and --resume exclude each other")
     if (args.weights or args.label is not None) and not args.generate:
         parser.error("--label and --weights are for --generate")
+    if args.generate and args.generate > 100 and args.label is None:
+        parser.error("--generate: at most 100 of each class without --label")
     if args.resume:
-        with explain(f"{file} holds no run of {SCRIPT}; --overwrite starts one"):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)[SCRIPT]
-            own = {name: checkpoint["settings"][name] for name in SETTINGS}
-        args = parser.parse_args(argv, argparse.Namespace(**own))  # the run's own are the defaults
+        settings = load_settings(args.output_dir)
+        # as text, so that the parser checks them like those of a command line
+        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
+        args = parser.parse_args(argv)
         for name in FIXED:
-            if getattr(args, name) != own[name]:
-                parser.error(f"--{name.replace('_', '-')}: the run to resume has {own[name]}")
-    elif os.path.exists(file) and not args.overwrite and not args.generate:
-        parser.error(f"{args.output_dir} holds a run: --resume goes on, --overwrite starts afresh")
-    with explain(f"--device {args.device}: not here"):
+            if getattr(args, name) != settings[name]:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag}: the run to resume has {settings[name]}")
+    elif not args.generate and os.path.exists(args.output_dir / "checkpoint.pt"):
+        raise UsageError(
+            f"{args.output_dir} holds a run: go on with --resume, name another --output-dir, "
+            "or delete it yourself"
+        )
+    with explain(f"--device {args.device} can't be used"):
         torch.zeros(1, device=args.device).item()
-    return args, checkpoint
+    return args
+
 
 def main(argv=None):
     """Run a command line (default: the process's); exit with 2 after a mistake, 130 on Ctrl-C."""
-    warnings.filterwarnings("ignore", "'torch.load' received|Detected pickle protocol")
     try:
-        args, checkpoint = parse_args(argv)
-        generate(args) if args.generate else train(args, checkpoint)
+        args = parse_args(argv)
+        if args.generate:
+            generate(args)
+        else:
+            train(args)
     except UsageError as error:
         tqdm.write(f"{SCRIPT}: error: {error}", file=sys.stderr)  # clear of the bar
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write("stopped; --resume goes on after the last finished epoch, if any", sys.stderr)
         sys.exit(130)
+
 
 if __name__ == "__main__":
     main()
