@@ -197,7 +197,7 @@ def train_epoch(gan, images, labels, epoch, seconds, args):
         step = (epoch - 1) * len(batches) + done
         real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real, labels[indices]))
-        gan.update_average(weight=max(0.001, 10 / (step + 10)))  # the latest tenth, up to 1,000
+        gan.update_average(weight=10 / (step + 10))  # over the latest tenth of all steps
 
         if done % args.log_every == 0 or done == len(batches):
             since_last = (done - 1) % args.log_every + 1  # counted within the epoch: alike rows

@@ -45,13 +45,13 @@ class Generator(nn.Module):
         self.latent_dim = latent_dim
         self.width = width
         self.network = nn.Sequential(
-            nn.Linear(latent_dim, width, bias=False),
-            nn.BatchNorm1d(width),
-            nn.ReLU(inplace=True),
-            nn.Linear(width, 2 * width, bias=False),
+            nn.Linear(latent_dim, 2 * width, bias=False),
             nn.BatchNorm1d(2 * width),
             nn.ReLU(inplace=True),
-            nn.Linear(2 * width, 28 * 28),
+            nn.Linear(2 * width, 4 * width, bias=False),
+            nn.BatchNorm1d(4 * width),
+            nn.ReLU(inplace=True),
+            nn.Linear(4 * width, 28 * 28),
             nn.Tanh(),
             nn.Unflatten(1, (1, 28, 28)),
         )
@@ -178,7 +178,7 @@ def train_epoch(gan, images, epoch, seconds, args):
         step = (epoch - 1) * len(batches) + done
         real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real))
-        gan.update_average(weight=max(0.001, 10 / (step + 10)))  # the latest tenth, up to 1,000
+        gan.update_average(weight=10 / (step + 10))  # over the latest tenth of all steps
 
         if done % args.log_every == 0 or done == len(batches):
             since_last = (done - 1) % args.log_every + 1  # counted within the epoch: alike rows

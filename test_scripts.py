@@ -555,9 +555,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(script, run, tmp_path, monke
     assert same(outcome(tmp_path / "out"), before)
 
 
-def test_other_data_than_the_runs_is_refused(script, run, data, tmp_path, monkeypatch, refused):
+def test_other_data_than_the_runs_is_refused(script, run, tmp_path, refused):
     run()
-    monkeypatch.setattr(script, "load_checkpoint", script.load_checkpoint)
     checkpoint = load(tmp_path / "out/checkpoint.pt")
     torch.save({**checkpoint, "images": 60_000}, tmp_path / "out/checkpoint.pt")
     line = refused(run, "--resume", "--epochs", 2)
@@ -862,6 +861,22 @@ def test_readme_names_real_flags_scripts_and_defaults(capsys):
         assert f"passes over the training images (default: {epochs})" in helps[name], name
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (HERE / link).exists(), link
+
+
+def test_readmes_examples_run(data, tmp_path, monkeypatch):
+    script = importlib.import_module("cgan_fashion_mnist")
+    path = tmp_path / "outputs/cgan_fashion_mnist/generator.pt"
+    script.save_weights(script.Generator(width=8), path)
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    results = [{}, {}, {}]
+    for example, names in zip(examples, results, strict=True):
+        exec(example.replace("1001", "3"), names)
+    images, row, digits = results[0]["images"], results[1]["row"], results[2]["digits"]
+    assert images.shape == row.shape == (8, 1, 28, 28) and digits.shape == (16, 1, 28, 28)
+    assert images.min() >= 0 and row.std() > 0 and digits.std() > 0
 
 
 def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch):
