@@ -97,8 +97,7 @@ def pick(logits, labels):
 
 
 def add_noise(images):
-    """Return images with normal noise, which hides the fine grain by which the discriminator
-    would win (arXiv:1610.04490)."""
+    """Return images with noise that hides fine grain from the discriminator (arXiv:1610.04490)."""
     return images + 0.1 * torch.randn_like(images)
 
 
@@ -230,7 +229,7 @@ def train_epoch(gan, images, labels, epoch, seconds, args):
     means = mean_losses(gan, losses, step)
     if rank == 0:
         report(epoch, args.epochs, means, now - seconds, count)
-    gan.update_statistics(min(50, len(batches)), len(real))
+    gan.update_statistics(min(50, len(batches)), args.batch_size // processes)
     return rows
 
 
@@ -590,7 +589,7 @@ def make_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     shown = "(default: %(default)s)"
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
     training = parser.add_argument_group("training")

@@ -475,7 +475,7 @@ def make_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     shown = "(default: %(default)s)"
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
     training = parser.add_argument_group("training")
