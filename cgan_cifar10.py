@@ -88,7 +88,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images):
-        return self.network(images).float()  # BCE needs fp32
+        return self.network(images).float()  # bf16 is too coarse for the loss
 
 
 def pick(logits, labels):
@@ -107,7 +107,7 @@ def initialize_weights(layer):
         nn.init.normal_(layer.weight, 0.0, 0.02)
 
 
-# ---- losses (arXiv:1406.2661): BCE on logits; Sigmoid, then BCELoss, would round gradients to 0
+# ---- losses: arXiv:1406.2661, on logits, as a sigmoid rounded to 0 or 1 has no gradient
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -118,7 +118,7 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """Return the mean of -log D(fake) over logits (n,): the paper's "non-saturating" loss."""
+    """Return the mean of -log D(fake) over logits (n,): the non-saturating loss."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
@@ -190,7 +190,7 @@ class GAN:
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state):
-        """Take a state_dict over, but for its learning rate."""
+        """Load a state_dict, but keep this GAN's learning rate."""
         lr = self.optimizer_g.param_groups[0]["lr"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
@@ -198,37 +198,40 @@ class GAN:
             group["lr"] = lr
 
 
-def train_epoch(gan, images, labels, epoch, seconds, args):
-    """Train on every full batch once, after `seconds` of training; return rows for losses.csv."""
+def train_epoch(gan, images, labels, epoch, seconds_before, args):
+    """Train on every full batch once and print how it goes; return rows for losses.csv."""
     start = time.perf_counter()
     rank, processes = torchrun()
     order = torch.randperm(len(images), device=images.device)
     if processes > 1:  # from the same order on, each process draws random numbers of its own
         torch.manual_seed(torch.randint(2**32, (processes,))[rank].item())
     batches = order.split(args.batch_size)[: len(images) // args.batch_size]
-    rows, losses = [], []
+    rows, losses, recent = [], [], []
     hidden = True if rank > 0 else None  # None: no bar in a log file
     progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=hidden)
-    for done, indices in enumerate(progress, 1):
-        step = (epoch - 1) * len(batches) + done
+    for batch, indices in enumerate(progress, 1):
+        step = (epoch - 1) * len(batches) + batch
         indices = indices[rank::processes]
         real = mirror_half(images[indices] / 127.5 - 1)  # to [-1, 1], as Tanh gives
-        losses.append(gan.step(real, labels[indices]))
-        gan.update_average(weight=10 / (step + 10))  # over the latest tenth of all steps
+        recent.append(gan.step(real, labels[indices]))
+        gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
-        if done % args.log_every == 0 or done == len(batches):
-            since_last = (done - 1) % args.log_every + 1  # counted within the epoch: alike rows
-            mean_d, mean_g = mean_losses(gan, losses[-since_last:], step)
-            now = round(seconds + time.perf_counter() - start, 3)
-            rows.append(dict(zip(COLUMNS, (epoch, step, mean_d, mean_g, now), strict=True)))
-            if done % args.log_every == 0 and rank == 0:
+        if batch % args.log_every == 0 or batch == len(batches):
+            mean_d, mean_g = mean_losses(recent)
+            check_finite(gan, mean_d + mean_g, step)
+            losses += recent
+            recent = []
+            seconds = time.perf_counter() - start
+            values = (epoch, step, mean_d, mean_g, round(seconds_before + seconds, 3))
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            if batch % args.log_every == 0 and rank == 0:
                 tqdm.write(
                     f"Step {step}: Generator loss: {mean_g:.3f}, discriminator loss: {mean_d:.3f}"
                 )
-    count = len(batches) * args.batch_size
-    means = mean_losses(gan, losses, step)
+    n_images = len(batches) * args.batch_size
+    means = mean_losses(losses)
     if rank == 0:
-        report(epoch, args.epochs, means, now - seconds, count)
+        report(epoch, args.epochs, means, seconds, n_images)
     gan.update_statistics(min(50, len(batches)), args.batch_size // processes)
     return rows
 
@@ -251,8 +254,8 @@ def train(args):
         start_outputs(gan, images, labels, rows, done, args)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
-        seconds = rows[-1]["seconds"] if rows else 0.0
-        rows += train_epoch(gan, images, labels, epoch, seconds, args)
+        seconds_before = rows[-1]["seconds"] if rows else 0.0
+        rows += train_epoch(gan, images, labels, epoch, seconds_before, args)
         if rank == 0:
             save_outputs(gan, rows, epoch, args)
             save_checkpoint(gan, rows, len(images), args)  # last: it vouches for the rest
@@ -300,9 +303,8 @@ def build_gan(args):
     networks = Generator(args.latent_dim, args.width), Discriminator(args.width)
     for network in networks:  # in their final memory format before Adam sees them
         network.apply(initialize_weights).to(args.device, memory_format=torch.channels_last)
-    bf16 = args.precision == "bf16"
-    if args.precision == "auto":
-        bf16 = multiplies_bf16(torch.device(args.device))
+    auto = args.precision == "auto" and multiplies_bf16(torch.device(args.device))
+    bf16 = auto or args.precision == "bf16"
     return GAN(*networks, args.lr, args.beta1, bf16)
 
 
@@ -314,24 +316,29 @@ def multiplies_bf16(device):
     return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def mean_losses(gan, losses, step):
-    """Return the means of losses [(2,), ...] as floats; UsageError if training has diverged."""
+def mean_losses(losses):
+    """Return the means of losses [(2,), ...] over torchrun's processes, as floats."""
     mean = torch.stack(losses).mean(dim=0)
     if distributed.is_initialized():
         distributed.all_reduce(mean)
         mean /= distributed.get_world_size()
-    if not all(values.isfinite().all() for values in (mean, *gan.generator.parameters())):
-        raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
     return mean.tolist()
 
 
-def report(epoch, epochs, losses, seconds, images):
+def check_finite(gan, loss, step):
+    """Raise UsageError if training has diverged."""
+    weights = gan.generator.parameters()
+    if not (math.isfinite(loss) and all(weight.isfinite().all() for weight in weights)):
+        raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
+
+
+def report(epoch, epochs, losses, seconds, n_images):
     """Print an epoch's line: its mean losses, its seconds, its pace, and the time that is left."""
     left = timedelta(seconds=round(seconds * (epochs - epoch)))
     print(
         f"Epoch {epoch}/{epochs}: discriminator loss {losses[0]:.3f}, "
         f"generator loss {losses[1]:.3f}, {seconds:.1f} s, "
-        f"{images / seconds:,.0f} images/s, {left} left",
+        f"{n_images / seconds:,.0f} images/s, {left} left",
         flush=True,
     )
 
@@ -354,7 +361,7 @@ def load_images(folder):
 def sample(generator, labels):
     """Generate images of labels (n,), (n, 3, 32, 32) in [0, 1]; torch.manual_seed governs which."""
     device = next(generator.parameters()).device
-    noise = torch.randn(len(labels), generator.latent_dim).to(device)
+    noise = torch.randn(len(labels), generator.latent_dim).to(device)  # the same on any device
     labels = torch.as_tensor(labels).to(device)
     parts = zip(noise.split(500), labels.split(500), strict=True)
     images = [generator(*part) for part in parts]
@@ -385,9 +392,14 @@ def generate(args):
     """Generate args.generate images of a class, or of each, into one PNG and print its path."""
     generator = load_generator(args.weights or args.output_dir / "generator.pt", args.device)
     if args.label is None:
-        labels, names, columns, title = range(len(CLASSES)), CLASSES, args.generate, "every_class"
+        labels = range(len(CLASSES))
+        names = CLASSES
+        columns = args.generate
+        title = "every_class"
     else:
-        labels, names, columns = [args.label], [], math.ceil(math.sqrt(args.generate))
+        labels = [args.label]
+        names = []
+        columns = math.ceil(math.sqrt(args.generate))
         title = re.sub(r"\W", "_", CLASSES[args.label])
     images = sample_rows(generator, labels, args.generate, args.seed)
     path = args.output_dir / f"generated_{title}_seed_{args.seed}.png"
@@ -400,6 +412,7 @@ def generate(args):
 SCRIPT = Path(__file__).stem
 COLUMNS = ["epoch", "step", "discriminator_loss", "generator_loss", "seconds"]
 MAX_FRAMES = 60
+MAX_SEED = 400_000  # the seed of an epoch, 10_000 * seed + epoch, has to fit 32 bits
 NAME_WIDTH = 100  # pixels, of the column of class names beside a grid
 
 
@@ -438,7 +451,7 @@ def atomic_open(path):
 
 
 def start_outputs(gan, images, labels, rows, done, args):
-    """Print what is to be trained; save what can be before training, or what a kill left undone."""
+    """Print the setup; save real images and, again, the last finished epoch's outputs."""
     precision = "bf16" if gan.bf16 else "fp32"
     print(f"{args.device}, {precision}, {len(images)} images, to {args.output_dir}", flush=True)
     shown = [(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))]
@@ -448,13 +461,14 @@ def start_outputs(gan, images, labels, rows, done, args):
 
 
 def save_outputs(gan, rows, epoch, args):
-    """Save what shows how an epoch's training went, and the generator as it is now."""
+    """Save an epoch's sample grid and, if it isn't epoch 0, the losses and the generator."""
     folder = args.output_dir
     save_samples(gan.average, folder / f"samples/epoch_{epoch:04}.png", args.seed)
-    if epoch > 0:
-        save_losses(rows, folder)
-        save_weights(gan.average, folder / "generator.pt")
-    if epoch > 0 and epoch % args.save_every == 0:
+    if epoch == 0:
+        return
+    save_losses(rows, folder)
+    save_weights(gan.average, folder / "generator.pt")
+    if epoch % args.save_every == 0:
         save_weights(gan.average, folder / f"weights/epoch_{epoch:04}.pt")
 
 
@@ -484,8 +498,9 @@ def save_animation(folder, last_epoch):
     frames = []
     for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
-        with contextlib.suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
-            frames.append(Image.open(io.BytesIO(path.read_bytes())).copy())
+        # what Pillow raises for damaged files
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
+            frames.append(picture.copy())
     durations = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_open(folder / "samples.gif") as file:
         frames[0].save(
@@ -518,10 +533,10 @@ def save_weights(generator, path):
         torch.save({**sizes, "generator": generator.state_dict()}, file)
 
 
-def save_checkpoint(gan, rows, images, args):
-    """Save all that --resume needs; `images`: how many there are to train on."""
+def save_checkpoint(gan, rows, n_images, args):
+    """Save all that --resume needs."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    checkpoint = {"settings": settings, "rows": rows, "images": images, "gan": gan.state_dict()}
+    checkpoint = {"settings": settings, "rows": rows, "images": n_images, "gan": gan.state_dict()}
     with atomic_open(args.output_dir / "checkpoint.pt") as file:
         torch.save(checkpoint, file)
 
@@ -542,16 +557,17 @@ def load_settings(folder):
         return {name: saved["settings"][name] for name in SETTINGS}
 
 
-def load_checkpoint(gan, images, args):
+def load_checkpoint(gan, n_images, args):
     """Put the saved state into `gan`; return how many epochs are done, and their rows."""
     path = args.output_dir / "checkpoint.pt"
     saved = load_file(path)
     with explain(f"{path} doesn't fit these networks"):
         gan.load_state_dict(saved["gan"])
-        rows = [{name: row[name] + 0 for name in COLUMNS} for row in saved["rows"]]  # numbers?
-        done, images_then = int(rows[-1]["epoch"]), int(saved["images"])
-    if images_then != images:
-        raise UsageError(f"{path} is of {images_then} images; {args.data_dir} holds {images}")
+        rows = saved["rows"]
+        done = int(rows[-1]["epoch"])
+        n_images_then = int(saved["images"])
+    if n_images_then != n_images:
+        raise UsageError(f"{path} is of {n_images_then} images; {args.data_dir} holds {n_images}")
     return done, rows
 
 
@@ -599,7 +615,7 @@ def make_parser():
     training.add_argument(
         "--batch-size", type=between(int, 2, 10**6), default=64, help=f"images in a step {shown}"
     )
-    # the source projects have lr 2e-4; at 1e-3 the discriminator wins sooner than at 5e-4
+    # the DCGAN paper has lr 2e-4; at 1e-3 the discriminator wins sooner than at 5e-4
     training.add_argument(
         "--lr", type=between(float, 1e-9, 1), default=5e-4, help=f"Adam's learning rate {shown}"
     )
@@ -610,7 +626,7 @@ def make_parser():
         "--latent-dim", type=integer, default=100, help=f"noise values of an image {shown}"
     )
     training.add_argument(
-        "--seed", type=between(int, 0, 400_000), default=0, help=f"random seed {shown}"
+        "--seed", type=between(int, 0, MAX_SEED), default=0, help=f"random seed {shown}"
     )
     training.add_argument(
         "--device", default=device, help=f"cpu, cuda, cuda:1, mps (untried) {shown}"
@@ -622,7 +638,7 @@ def make_parser():
         help=f"of the arithmetic; auto: bf16 where the hardware multiplies it {shown}",
     )
     training.add_argument(
-        "--width", type=integer, default=32, help=f"channels at full resolution {shown}"
+        "--width", type=integer, default=32, help=f"channels of the narrowest layer {shown}"
     )
     training.add_argument(
         "--resume", action="store_true", help="go on with the run in the output folder"
@@ -676,7 +692,7 @@ def parse_args(argv):
         parser.error("--generate: at most 100 of each class without --label")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text, so that the parser checks them like those of a command line
+        # as text: of defaults, the parser converts and checks strings alone
         parser.set_defaults(**{name: str(value) for name, value in settings.items()})
         args = parser.parse_args(argv)
         for name in FIXED:
@@ -705,7 +721,9 @@ def main(argv=None):
         tqdm.write(f"{SCRIPT}: error: {error}", file=sys.stderr)  # clear of the bar
         sys.exit(2)
     except KeyboardInterrupt:
-        tqdm.write("stopped; --resume goes on after the last finished epoch, if any", sys.stderr)
+        tqdm.write(
+            "stopped; --resume goes on after the last finished epoch, if any", file=sys.stderr
+        )
         sys.exit(130)
 
 
