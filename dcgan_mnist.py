@@ -241,8 +241,7 @@ def multiplies_bf16(device):
 
 def mean_losses(losses):
     """Return the means of losses [(2,), ...] as floats."""
-    mean = torch.stack(losses).mean(dim=0)
-    return mean.tolist()
+    return torch.stack(losses).mean(dim=0).tolist()
 
 
 def check_finite(gan, loss, step):
