@@ -78,12 +78,12 @@ class Discriminator(nn.Module):
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Flatten(),
-            nn.Linear(4 * width * 7 * 7, len(CLASSES)),  # a projection: arXiv:1802.05637
+            nn.Conv2d(4 * width, len(CLASSES), 7),  # 1x1; a projection: arXiv:1802.05637
         )
 
     def forward(self, images):
-        return self.network(images).float()  # bf16 is too coarse for the loss
+        logits = self.network(images).squeeze((2, 3))
+        return logits.float()  # bf16 is too coarse for the loss
 
 
 def pick(logits, labels):
@@ -191,29 +191,26 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
     start = time.perf_counter()
     order = torch.randperm(len(images), device=images.device)
     batches = order.split(args.batch_size)[: len(images) // args.batch_size]
-    rows, losses, recent = [], [], []
+    rows = []
+    losses = []
+    logged = 0  # batches
     # disable=None: no bar in a log file
     progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=None)
     for batch, indices in enumerate(progress, 1):
         step = (epoch - 1) * len(batches) + batch
         real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
-        recent.append(gan.step(real, labels[indices]))
+        losses.append(gan.step(real, labels[indices]))
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
         if batch % args.log_every == 0 or batch == len(batches):
-            mean_d, mean_g = mean_losses(recent)
-            check_finite(gan, mean_d + mean_g, step)
-            losses += recent
-            recent = []
             seconds = time.perf_counter() - start
-            values = (epoch, step, mean_d, mean_g, round(seconds_before + seconds, 3))
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
-            if batch % args.log_every == 0:
-                tqdm.write(
-                    f"Step {step}: Generator loss: {mean_g:.3f}, discriminator loss: {mean_d:.3f}"
-                )
+            rows.append(make_row(epoch, step, losses[logged:], seconds_before + seconds))
+            check_finite(gan, rows[-1])
+            logged = batch
+        if batch % args.log_every == 0:
+            report_step(rows[-1])
     n_images = len(batches) * args.batch_size
-    report(epoch, args.epochs, mean_losses(losses), seconds, n_images)
+    report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
     gan.update_statistics(min(50, len(batches)), args.batch_size)
     return rows
 
@@ -250,11 +247,14 @@ def build_gan(args):
 
 
 def multiplies_bf16(device):
-    """Return whether bf16 is fast there: on CUDA cards from Ampere on and on CPUs with AMX."""
+    """Return whether bf16 is fast there: CUDA cards from Ampere on, CPUs with AMX, AMD's Zen 4."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    cpu = torch.cpu.get_capabilities()
+    # in Intel's CPUs without AMX, AVX-512's bf16 was measured to be slower than fp32
+    avx512 = cpu.get("avx512_bf16", False) and cpu.get("cpu_name", "").startswith("AMD")
+    return device.type == "cpu" and (avx512 or cpu.get("amx_bf16", False))
 
 
 def mean_losses(losses):
@@ -262,14 +262,35 @@ def mean_losses(losses):
     return torch.stack(losses).mean(dim=0).tolist()
 
 
-def check_finite(gan, loss, step):
+def make_row(epoch, step, losses, seconds):
+    """Return a row for losses.csv, with the means of the losses since the row before."""
+    mean_d, mean_g = mean_losses(losses)
+    return {
+        "epoch": epoch,
+        "step": step,
+        "discriminator_loss": mean_d,
+        "generator_loss": mean_g,
+        "seconds": round(seconds, 3),
+    }
+
+
+def check_finite(gan, row):
     """Raise UsageError if training has diverged."""
+    loss = row["discriminator_loss"] + row["generator_loss"]
     weights = gan.generator.parameters()
     if not (math.isfinite(loss) and all(weight.isfinite().all() for weight in weights)):
-        raise UsageError(f"a loss or weight is not finite at step {step}: lower --lr")
+        raise UsageError(f"a loss or weight is not finite at step {row['step']}: lower --lr")
 
 
-def report(epoch, epochs, losses, seconds, n_images):
+def report_step(row):
+    """Print a step's line."""
+    tqdm.write(
+        f"Step {row['step']}: Generator loss: {row['generator_loss']:.3f}, "
+        f"discriminator loss: {row['discriminator_loss']:.3f}"
+    )
+
+
+def report_epoch(epoch, epochs, losses, seconds, n_images):
     """Print an epoch's line: its mean losses, its seconds, its pace, and the time that is left."""
     left = timedelta(seconds=round(seconds * (epochs - epoch)))
     print(
@@ -303,10 +324,8 @@ def sample(generator, labels):
     """Generate images of labels (n,), (n, 1, 28, 28) in [0, 1]; torch.manual_seed governs which."""
     device = next(generator.parameters()).device
     noise = torch.randn(len(labels), generator.latent_dim).to(device)  # the same on any device
-    labels = torch.as_tensor(labels).to(device)
-    parts = zip(noise.split(500), labels.split(500), strict=True)
-    images = [generator(*part) for part in parts]
-    return (torch.cat(images) + 1) / 2
+    labels = torch.as_tensor(labels, device=device)
+    return (generator(noise, labels) + 1) / 2
 
 
 def sample_rows(generator, labels, n, seed):
@@ -351,7 +370,6 @@ def generate(args):
 # ---- files
 
 SCRIPT = Path(__file__).stem
-COLUMNS = ["epoch", "step", "discriminator_loss", "generator_loss", "seconds"]
 MAX_FRAMES = 60
 MAX_SEED = 400_000  # the seed of an epoch, 10_000 * seed + epoch, has to fit 32 bits
 NAME_WIDTH = 100  # pixels, of the column of class names beside a grid
@@ -451,11 +469,10 @@ def save_animation(folder, last_epoch):
 
 def save_losses(rows, folder):
     """Save losses.csv and its plot losses.png."""
-    lines = [",".join(COLUMNS)]
-    for row in rows:
-        lines.append(",".join(str(row[name]) for name in COLUMNS))
+    table = [rows[0].keys(), *(row.values() for row in rows)]
     with atomic_open(folder / "losses.csv") as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+        for line in table:
+            file.write(f"{','.join(map(str, line))}\n".encode())
 
     steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
     epochs = [row["step"] / steps_per_epoch for row in rows]
@@ -625,8 +642,6 @@ def parse_args(argv):
     """Return the command line's arguments, with --resume on top of the run's own settings."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.generate and args.resume:
-        parser.error("--generate and --resume exclude each other")
     if (args.weights or args.label is not None) and not args.generate:
         parser.error("--label and --weights are for --generate")
     if args.generate and args.generate > 100 and args.label is None:
