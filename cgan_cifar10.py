@@ -200,12 +200,13 @@ class GAN:
 
 def train_epoch(gan, images, labels, epoch, seconds_before, args):
     """Train on every full batch once and print how it goes; return rows for losses.csv."""
-    start = time.perf_counter()
+    start = time.perf_counter() - seconds_before
     rank, processes = torchrun()
-    order = torch.randperm(len(images), device=images.device)
+    n_images = len(images) // args.batch_size * args.batch_size  # full batches
+    order = torch.randperm(len(images), device=images.device)[:n_images]
     if processes > 1:  # from the same order on, each process draws random numbers of its own
         torch.manual_seed(torch.randint(2**32, (processes,))[rank].item())
-    batches = order.split(args.batch_size)[: len(images) // args.batch_size]
+    batches = order.split(args.batch_size)
     rows = []
     losses = []
     logged = 0  # batches
@@ -219,13 +220,12 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
         if batch % args.log_every == 0 or batch == len(batches):
-            seconds = time.perf_counter() - start
-            rows.append(make_row(epoch, step, losses[logged:], seconds_before + seconds))
+            rows.append(make_row(epoch, step, losses[logged:], start))
             check_finite(gan, rows[-1])
             logged = batch
         if batch % args.log_every == 0 and rank == 0:
             report_step(rows[-1])
-    n_images = len(batches) * args.batch_size
+    seconds = rows[-1]["seconds"] - seconds_before
     means = mean_losses(losses)
     if rank == 0:
         report_epoch(epoch, args.epochs, means, seconds, n_images)
@@ -246,7 +246,10 @@ def train(args):
     if args.batch_size % processes:
         raise UsageError(f"--batch-size {args.batch_size}: no multiple of {processes} processes")
     gan = build_gan(args)
-    done, rows = load_checkpoint(gan, len(images), args) if args.resume else (0, [])
+    done = 0
+    rows = []
+    if args.resume:
+        done, rows = load_checkpoint(gan, len(images), args)
     if rank == 0:
         start_outputs(gan, images, labels, rows, done, args)
     for epoch in range(done + 1, args.epochs + 1):
@@ -297,12 +300,15 @@ def average_gradients(network):
 def build_gan(args):
     """Return a new GAN on args.device, its random weights governed by args.seed."""
     torch.manual_seed(args.seed)
-    networks = Generator(args.latent_dim, args.width), Discriminator(args.width)
-    for network in networks:  # in their final memory format before Adam sees them
-        network.apply(initialize_weights).to(args.device, memory_format=torch.channels_last)
-    auto = args.precision == "auto" and multiplies_bf16(torch.device(args.device))
-    bf16 = auto or args.precision == "bf16"
-    return GAN(*networks, args.lr, args.beta1, bf16)
+    generator = Generator(args.latent_dim, args.width)
+    discriminator = Discriminator(args.width)
+    for network in (generator, discriminator):
+        network.apply(initialize_weights)
+        network.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
+    bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        bf16 = multiplies_bf16(torch.device(args.device))
+    return GAN(generator, discriminator, args.lr, args.beta1, bf16)
 
 
 def multiplies_bf16(device):
@@ -325,7 +331,7 @@ def mean_losses(losses):
     return mean.tolist()
 
 
-def make_row(epoch, step, losses, seconds):
+def make_row(epoch, step, losses, start):
     """Return a row for losses.csv, with the means of the losses since the row before."""
     mean_d, mean_g = mean_losses(losses)
     return {
@@ -333,7 +339,7 @@ def make_row(epoch, step, losses, seconds):
         "step": step,
         "discriminator_loss": mean_d,
         "generator_loss": mean_g,
-        "seconds": round(seconds, 3),
+        "seconds": round(time.perf_counter() - start, 3),
     }
 
 
@@ -356,9 +362,10 @@ def report_step(row):
 def report_epoch(epoch, epochs, losses, seconds, n_images):
     """Print an epoch's line: its mean losses, its seconds, its pace, and the time that is left."""
     left = timedelta(seconds=round(seconds * (epochs - epoch)))
+    mean_d, mean_g = losses
     print(
-        f"Epoch {epoch}/{epochs}: discriminator loss {losses[0]:.3f}, "
-        f"generator loss {losses[1]:.3f}, {seconds:.1f} s, "
+        f"Epoch {epoch}/{epochs}: generator loss {mean_g:.3f}, "
+        f"discriminator loss {mean_d:.3f}, {seconds:.1f} s, "
         f"{n_images / seconds:,.0f} images/s, {left} left",
         flush=True,
     )
@@ -430,7 +437,7 @@ def generate(args):
 
 SCRIPT = Path(__file__).stem
 MAX_FRAMES = 60
-MAX_SEED = 400_000  # the seed of an epoch, 10_000 * seed + epoch, has to fit 32 bits
+MAX_SEED = 400_000  # 10_000 * seed + epoch has to fit the 32 bits that torch's CPU generator takes
 NAME_WIDTH = 100  # pixels, of the column of class names beside a grid
 
 
@@ -485,6 +492,7 @@ def save_outputs(gan, rows, epoch, args):
     if epoch == 0:
         return
     save_losses(rows, folder)
+    plot_losses(rows, folder)
     save_weights(gan.average, folder / "generator.pt")
     if epoch % args.save_every == 0:
         save_weights(gan.average, folder / f"weights/epoch_{epoch:04}.pt")
@@ -527,20 +535,24 @@ def save_animation(folder, last_epoch):
 
 
 def save_losses(rows, folder):
-    """Save losses.csv and its plot losses.png."""
+    """Save losses.csv."""
     table = [rows[0].keys(), *(row.values() for row in rows)]
     with atomic_open(folder / "losses.csv") as file:
         for line in table:
             file.write(f"{','.join(map(str, line))}\n".encode())
 
+
+def plot_losses(rows, folder):
+    """Save losses.png, losses.csv's plot over epochs."""
     steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
     epochs = [row["step"] / steps_per_epoch for row in rows]
-    axes = Figure(layout="constrained").add_subplot(title=SCRIPT, xlabel="epoch", ylabel="loss")
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(title=SCRIPT, xlabel="epoch", ylabel="loss")
     for name in ("discriminator", "generator"):
         axes.plot(epochs, [row[f"{name}_loss"] for row in rows], label=name)
     axes.legend()
     with atomic_open(folder / "losses.png") as file:
-        axes.figure.savefig(file, format="png")
+        figure.savefig(file, format="png")
 
 
 def save_weights(generator, path):
@@ -707,9 +719,7 @@ def parse_args(argv):
         parser.error("--generate: at most 100 of each class without --label")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser converts and checks strings alone
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv, argparse.Namespace(**settings))
         for name in FIXED:
             if getattr(args, name) != settings[name]:
                 flag = name.replace("_", "-")

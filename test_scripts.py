@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import gzip
 import importlib
 import os
 import pickle
@@ -249,7 +248,7 @@ def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys):
     run("--epochs", 2, "--log-every", 1, "--save-every", 2)
     printed = capsys.readouterr()
     assert "Step 3: Generator loss: " in printed.out and ", discriminator loss: " in printed.out
-    line = r"Epoch 1/2: discriminator loss \d\.\d{3}, generator loss \d\.\d{3}, .* s, .* images/s,"
+    line = r"Epoch 1/2: generator loss \d\.\d{3}, discriminator loss \d\.\d{3}, .* s, .* images/s,"
     assert re.search(line + r" \d:\d\d:\d\d left", printed.out)
     assert f"cpu, fp32, {N} images" in printed.out or f"cpu, bf16, {N} images" in printed.out
     assert "\r" not in printed.out + printed.err  # no frames of a bar outside a terminal
@@ -341,14 +340,6 @@ def test_generate_draws_what_the_weights_hold(script, run, tmp_path, capsys):
         for y, x in ((3, 4), (14, 14), (25, 20)):
             pixel = picture.getpixel((left + column * size + 2 * x, 2 + 2 * y))
             assert close(pixel, image[:, y, x].mul(255).expand(3).tolist())
-
-
-def test_many_images_make_a_square(script, run, tmp_path, capsys):
-    run()
-    capsys.readouterr()
-    run("--generate", 95, *(("--label", 1) if hasattr(script, "CLASSES") else ()))
-    width, height = Image.open(capsys.readouterr().out.strip()).size
-    assert width == height
 
 
 def test_sample_follows_torchs_seed_and_range(script):
@@ -699,7 +690,7 @@ def test_files_that_hold_no_run_are_refused(script, run, tmp_path, refused):
         {"rows": [{**saved["rows"][0], "epoch": "x"}]},
         {"rows": 5},
         {"images": None},
-        {"settings": {**saved["settings"], "log_every": "x"}},
+        {"settings": {"seed": 0}},
         {"gan": {**saved["gan"], "optimizer_d": {}}},
     ]
     for number, change in enumerate(nonsense):
@@ -711,7 +702,7 @@ def test_files_that_hold_no_run_are_refused(script, run, tmp_path, refused):
             checkpoint.write_bytes(path.read_bytes())
         before = tree(tmp_path / "out")
         line = refused(run, "--resume", "--epochs", 2)
-        assert str(checkpoint) in line or "--log-every" in line
+        assert str(checkpoint) in line
         assert "delete" not in line
         assert tree(tmp_path / "out") == before
     assert not (tmp_path / "bad/trace").exists()
@@ -747,17 +738,6 @@ def test_images_are_loaded_the_right_way_round(script, data):
     assert images.shape == (N, *SHAPES[script.SCRIPT]) and images.dtype == torch.uint8
     assert bytes(images[1].flatten().tolist()) == raw
     assert labels is None or (labels[1] == 1 and labels.shape == (N,))
-
-
-def test_files_fetched_by_hand_are_used(data, tmp_path, monkeypatch):
-    script = importlib.import_module("dcgan_mnist")
-    raw = tmp_path / "MNIST/raw"
-    raw.mkdir(parents=True)
-    for path in (data / "MNIST/raw").iterdir():
-        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-    files = [(name, None) for name, _ in datasets.MNIST.resources]  # None: of any MD5
-    monkeypatch.setattr(datasets.MNIST, "resources", files)
-    assert len(script.load_images(tmp_path)) == N
 
 
 # ---- the command line
