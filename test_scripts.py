@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
 
@@ -319,27 +320,21 @@ def test_generate_draws_what_the_weights_hold(script, run, tmp_path, capsys):
     run()
     weights = load(tmp_path / "out/generator.pt")
     assert weights["width"] == 8
-    for values in weights["generator"].values():
-        if values.dim() > 1:
-            values.normal_()  # so that images differ from one another
+    weights["generator"]["network.0.weight"].normal_()  # so that images differ from one another
     torch.save(weights, tmp_path / "weights.pt")
-    paths = []
-    for seed in (6, 5):
-        capsys.readouterr()
-        run("--generate", 2, "--seed", seed, "--weights", tmp_path / "weights.pt")
-        paths.append(Path(capsys.readouterr().out.strip()))
-    assert paths[0].read_bytes() != paths[1].read_bytes() and "seed_5" in paths[1].name
     generator = script.load_generator(tmp_path / "weights.pt")
     assert not generator.training
-    torch.manual_seed(5)
-    images = script.sample(generator, [0, 0] if hasattr(script, "CLASSES") else 2)
-    size = 2 * images.shape[-1] + 2
-    picture = Image.open(paths[1]).convert("RGB")
-    left = picture.width - 2 * size
-    for column, image in enumerate(images):
-        for y, x in ((3, 4), (14, 14), (25, 20)):
-            pixel = picture.getpixel((left + column * size + 2 * x, 2 + 2 * y))
-            assert close(pixel, image[:, y, x].mul(255).expand(3).tolist())
+    label = ("--label", 1) if hasattr(script, "CLASSES") else ()
+    pictures = []
+    for seed in (6, 5):
+        capsys.readouterr()
+        run("--generate", 4, *label, "--seed", seed, "--weights", tmp_path / "weights.pt")
+        pictures.append(Path(capsys.readouterr().out.strip()))
+        torch.manual_seed(seed)
+        images = script.sample(generator, [1] * 4 if label else 4)
+        script.save_grid(tmp_path / "expected.png", images, 2)
+        assert pictures[-1].read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
 def test_sample_follows_torchs_seed_and_range(script):
@@ -364,7 +359,7 @@ def test_bf16_trains_too(script, run, tmp_path, capsys):
 
 def test_bf16_is_asked_of_the_device_that_is_used(script, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or _Nothing())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     assert script.multiplies_bf16(torch.device("cuda:1")) and asked == [torch.device("cuda:1")]
     zen4 = {"avx512_bf16": True, "cpu_name": "AMD Ryzen 9"}
@@ -377,27 +372,10 @@ def test_bf16_is_asked_of_the_device_that_is_used(script, monkeypatch):
         assert not script.multiplies_bf16(torch.device("cpu"))
 
 
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-
-def test_a_label_draws_its_class_only(conditional, run, tmp_path, capsys):
-    run()
-    drawn = []
+def test_a_label_is_a_number_a_name_or_its_beginning(conditional):
     name = conditional.CLASSES[1]
     for text in ("1", name, name.upper(), name[:3].lower()):
         assert conditional.find_label(text) == 1
-        capsys.readouterr()
-        run("--generate", 3, "--label", text)
-        drawn.append(Path(capsys.readouterr().out.strip()).read_bytes())
-    generator = conditional.load_generator(tmp_path / "out/generator.pt")
-    torch.manual_seed(0)
-    conditional.save_grid(tmp_path / "expected.png", conditional.sample(generator, [1, 1, 1]), 2)
-    assert drawn == [(tmp_path / "expected.png").read_bytes()] * 4
 
 
 def test_a_column_is_of_one_noise(conditional, monkeypatch):
@@ -479,14 +457,6 @@ def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, 
         assert checkpoint["gan"][optimizer]["param_groups"][0]["lr"] == 0.000123
     run(*own, "--epochs", 1)  # it has two already
     assert load(tmp_path / "out/checkpoint.pt")["settings"]["epochs"] == 2
-
-
-def test_a_resumed_run_that_is_stopped_at_once_keeps_its_settings(script, run, tmp_path, refused):
-    run()
-    with pytest.MonkeyPatch.context() as patch:
-        change_step(script, patch, 1, ctrl_c)
-        refused(run, "--resume", "--epochs", 80, status=130)
-    assert load(tmp_path / "out/checkpoint.pt")["settings"]["epochs"] == 1
 
 
 def test_a_finished_run_resumed_makes_missing_files_again(script, run, tmp_path, capsys):
@@ -663,20 +633,11 @@ def test_files_that_hold_no_generator_are_refused(script, run, tmp_path, refused
     assert "size mismatch for network.0.weight" in line
 
 
-def test_a_hostile_size_takes_no_memory(script, tmp_path, monkeypatch):
-    devices, Generator = [], script.Generator
-
-    def observed(*sizes):
-        generator = Generator(*sizes)
-        devices.append({value.device.type for value in generator.parameters()})
-        return generator
-
-    monkeypatch.setattr(script, "Generator", observed)
-    state = Generator(width=8).state_dict()
-    torch.save({"latent_dim": 10**6, "width": 8, "generator": state}, tmp_path / "w.pt")
-    with pytest.raises(script.UsageError, match="size mismatch"):
+def test_a_hostile_size_takes_no_memory(script, tmp_path):
+    state = script.Generator(width=8).state_dict()
+    torch.save({"latent_dim": 10**12, "width": 8, "generator": state}, tmp_path / "w.pt")
+    with pytest.raises(script.UsageError, match="size mismatch"):  # not: can't allocate
         script.load_generator(tmp_path / "w.pt")
-    assert devices == [{"meta"}]
 
 
 def test_files_that_hold_no_run_are_refused(script, run, tmp_path, refused):
@@ -804,6 +765,26 @@ def definitions(name):
             if isinstance(node, ast.FunctionDef) or not methods:
                 found[node.name] = ast.get_source_segment(text, node)
     return found
+
+
+@pytest.mark.parametrize("path", sorted((HERE / ".github/weights").glob("*.pt")), ids=str)
+def test_shipped_weights_generate(path):
+    script = importlib.import_module(path.stem)
+    images = script.sample(script.load_generator(path), what_to_sample(script, 10))
+    assert images.shape == (10, *SHAPES[path.stem]) and images.std(dim=0).mean() > 0.05
+
+
+def test_judge_measures_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / ".github/figures")
+    judge = importlib.import_module("judge")
+    one = torch.randn(400, 5, dtype=torch.float64)
+    assert abs(judge.frechet_distance(one, one)) < 1e-6
+    assert abs(judge.frechet_distance(one, one + 3) - 5 * 3**2) < 1e-6
+    centred = one - one.mean(dim=0)
+    assert abs(judge.frechet_distance(centred, 2 * centred) - one.T.cov().trace()) < 1e-6
+    assert judge.coverage(one, one[:200]) > 0.9 and judge.coverage(one, one + 100) == 0
+    smooth, checkerboard = torch.ones(1, 1, 8, 8), torch.eye(2).tile(1, 1, 4, 4)
+    assert judge.high_energy(smooth) < 1e-9 < 1 < judge.high_energy(checkerboard)
 
 
 def test_shared_parts_are_the_same_text():
