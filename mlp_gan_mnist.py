@@ -152,7 +152,8 @@ class GAN:
         device = next(self.average.parameters()).device
         self.average.train()
         for _ in range(batches):
-            self.average(torch.randn(batch_size, self.average.latent_dim, device=device))
+            noise = torch.randn(batch_size, self.average.latent_dim, device=device)
+            self.average(noise)
         self.average.eval()
 
     def state_dict(self):
@@ -199,7 +200,8 @@ def train_epoch(gan, images, epoch, seconds_before, args):
 
 def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
-    images = load_images(args.data_dir).to(args.device)  # all of them, as bytes: no DataLoader
+    images = load_images(args.data_dir)
+    images = images.to(args.device)  # all of them, as bytes: no DataLoader
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
     gan = build_gan(args)
