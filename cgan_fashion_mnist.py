@@ -82,7 +82,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images):
-        logits = self.network(images).squeeze((2, 3))
+        logits = self.network(images).view(len(images), len(CLASSES))
         return logits.float()  # bf16 is too coarse for the loss
 
 

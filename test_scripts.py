@@ -149,8 +149,9 @@ def test_networks_have_the_promised_shapes_and_ranges(script):
         assert images.shape == (4, *shape)
         assert images.min() >= -1 and images.max() <= 1 and images.std() > 0
         assert discriminator(images).shape == ((4, 10) if labels else (4,))
-        with pytest.raises(RuntimeError):  # 16x16 images, as a smaller generator would make
-            discriminator(torch.zeros(4, shape[0], 16, 16))
+        for size in (16, 40):  # as a smaller or larger generator would make
+            with pytest.raises(RuntimeError):
+                discriminator(torch.zeros(4, shape[0], size, size))
 
 
 def test_losses_are_the_papers(script):
