@@ -592,11 +592,15 @@ def parse_args(argv):
     """Return the command line's arguments, with --resume on top of the run's own settings."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.generate and args.resume:
+        parser.error("--generate and --resume exclude each other")
     if args.weights and not args.generate:
         parser.error("--weights is for --generate")
     if args.resume:
         settings = load_settings(args.output_dir)
-        args = parser.parse_args(argv, argparse.Namespace(**settings))
+        # as text: of defaults, the parser converts and checks strings alone
+        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
+        args = parser.parse_args(argv)
         for name in FIXED:
             if getattr(args, name) != settings[name]:
                 flag = name.replace("_", "-")

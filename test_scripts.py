@@ -460,6 +460,14 @@ def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, 
     assert load(tmp_path / "out/checkpoint.pt")["settings"]["epochs"] == 2
 
 
+def test_a_resumed_run_that_is_stopped_at_once_keeps_its_settings(script, run, tmp_path, refused):
+    run()
+    with pytest.MonkeyPatch.context() as patch:
+        change_step(script, patch, 1, ctrl_c)
+        refused(run, "--resume", "--epochs", 80, status=130)
+    assert load(tmp_path / "out/checkpoint.pt")["settings"]["epochs"] == 1
+
+
 def test_a_finished_run_resumed_makes_missing_files_again(script, run, tmp_path, capsys):
     run()
     files = tree(tmp_path / "out")
@@ -653,6 +661,7 @@ def test_files_that_hold_no_run_are_refused(script, run, tmp_path, refused):
         {"rows": 5},
         {"images": None},
         {"settings": {"seed": 0}},
+        {"settings": {**saved["settings"], "log_every": "x"}},
         {"gan": {**saved["gan"], "optimizer_d": {}}},
     ]
     for number, change in enumerate(nonsense):
@@ -664,7 +673,7 @@ def test_files_that_hold_no_run_are_refused(script, run, tmp_path, refused):
             checkpoint.write_bytes(path.read_bytes())
         before = tree(tmp_path / "out")
         line = refused(run, "--resume", "--epochs", 2)
-        assert str(checkpoint) in line
+        assert str(checkpoint) in line or "--log-every" in line
         assert "delete" not in line
         assert tree(tmp_path / "out") == before
     assert not (tmp_path / "bad/trace").exists()
@@ -708,7 +717,7 @@ WRONG = """--epochs 0|--epochs -1|--epochs x|--epochs 1e3|--epochs 100000000|--b
 --batch-size 1|--batch-size nan|--batch-size 121|--lr 0|--lr -1|--lr nan|--lr inf|--lr x|--beta1 1
 --beta1 -0.1|--beta1 nan|--latent-dim 0|--latent-dim 10000000000|--width 0|--seed -1|--seed 0.5
 --seed 400001|--log-every 0|--save-every 0|--generate 0|--generate -4|--device abacus|--device meta
---device cuda:99|--precision fp8|--weights x.pt|--no-such-flag|--label x"""
+--device cuda:99|--precision fp8|--weights x.pt|--no-such-flag|--label x|--generate 1 --resume"""
 
 
 def test_wrong_flags_are_refused(script, run, tmp_path, refused):
