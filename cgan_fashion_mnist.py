@@ -78,7 +78,10 @@ class Discriminator(nn.Module):
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(4 * width, len(CLASSES), 7),  # 1x1; a projection: arXiv:1802.05637
+            # a hidden layer over the whole image, 1x1; Linear would leave channels_last
+            nn.Conv2d(4 * width, 4 * width, 7),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(4 * width, len(CLASSES), 1),  # a projection: arXiv:1802.05637
         )
 
     def forward(self, images):

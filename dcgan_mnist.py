@@ -3,7 +3,8 @@
 
 Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional Generative
 Adversarial Networks", arXiv:1511.06434. Not the paper's: a 3x3 convolution near the end of both
-networks, a learning rate of 1e-3, and samples from an average of the generator's weights.
+networks, a hidden layer over the whole image before the discriminator's logit, a learning rate of
+1e-3, and samples from an average of the generator's weights.
 
     python dcgan_mnist.py --epochs 50              train; everything goes to outputs/dcgan_mnist
     python dcgan_mnist.py --epochs 80 --resume     go on with that run, up to 80 epochs in all
@@ -74,7 +75,10 @@ class Discriminator(nn.Module):
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(4 * width, 1, 7),  # 1x1; Linear would leave channels_last
+            # a hidden layer over the whole image, 1x1; Linear would leave channels_last
+            nn.Conv2d(4 * width, 4 * width, 7),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(4 * width, 1, 1),
         )
 
     def forward(self, images):

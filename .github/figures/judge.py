@@ -4,15 +4,16 @@
     python .github/figures/judge.py dcgan_mnist.py .github/weights/dcgan_mnist.pt
 
 10,000 images are generated, of a conditional script's classes equally many, and compared with the
-10,000 real test images, in the features of a small classifier that was trained on that data set:
+10,000 real test images, in the features of a small classifier that was trained on that data set's
+training images. The figures in brackets are of 10,000 of those, the last one of the test images:
 
     Fréchet distance  between both sets of features (arXiv:1706.08500 has the formula): lower is
                       better. It compares within a data set only and is no Inception FID.
-    at best           the same distance of 10,000 real training images
     coverage          the share of real test images that have a generated one nearer than their own
                       fifth nearest real neighbour (arXiv:2002.09797): it falls if a kind is missing
     grain             the spectral energy above 0.3 of the sampling rate, over that of real images
-    asked class       the share of generated images that the classifier puts into their class
+    class             the share of images that the classifier puts into their class, of generated
+                      ones the class asked for
     teaches           with --teach, some minutes: the accuracy, on real test images, of a new
                       classifier trained on 20,000 generated images, and of one trained on 20,000
                       real ones (arXiv:1807.09499)
@@ -181,15 +182,16 @@ def main():
     loaded = script.load_images(args.data_dir)
     train, train_labels = loaded if labels is not None else (loaded, None)
 
-    real, _ = classifier.read(test)
+    real, real_classes = classifier.read(test)
     best, _ = classifier.read(train[:N] / 255)
     generated, classes = classifier.read(images)
-    print(f"Fréchet distance {frechet_distance(real, generated):.3f}")
-    print(f"at best          {frechet_distance(real, best):.3f}")
-    print(f"coverage         {coverage(real, generated):.3f}")
+    for name, measure in (("Fréchet distance", frechet_distance), ("coverage", coverage)):
+        print(f"{name:16} {measure(real, generated):.3f} ({measure(real, best):.3f})")
     print(f"grain            {high_energy(images) / high_energy(test):.3f}")
     if labels is not None:
-        print(f"asked class      {(classes == labels).double().mean():.3f}", flush=True)
+        asked = (classes == labels).double().mean()
+        real_asked = (real_classes == test_labels).double().mean()
+        print(f"class            {asked:.3f} ({real_asked:.3f})", flush=True)
     if args.teach and labels is not None:
         images, labels = generate(script, script.load_generator(args.weights), N_TEACH)
         train = train[:N_TEACH] / 255
