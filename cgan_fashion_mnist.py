@@ -125,6 +125,7 @@ class GAN:
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
+        self.lr = lr
         self.generator = generator
         self.discriminator = discriminator
         self.average = copy.deepcopy(generator).requires_grad_(False).eval()
@@ -182,11 +183,10 @@ class GAN:
 
     def load_state_dict(self, state):
         """Load a state_dict, but keep this GAN's learning rate."""
-        lr = self.optimizer_g.param_groups[0]["lr"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         for group in self.optimizer_g.param_groups + self.optimizer_d.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr
 
 
 def train_epoch(gan, images, labels, epoch, seconds_before, args):
@@ -501,9 +501,13 @@ def plot_losses(rows, folder):
 
 def save_weights(generator, path):
     """Save a generator as load_generator reads it: its sizes and its weights."""
-    sizes = {"latent_dim": generator.latent_dim, "width": generator.width}
+    saved = {
+        "latent_dim": generator.latent_dim,
+        "width": generator.width,
+        "generator": generator.state_dict(),
+    }
     with atomic_open(path) as file:
-        torch.save({**sizes, "generator": generator.state_dict()}, file)
+        torch.save(saved, file)
 
 
 def save_checkpoint(gan, rows, n_images, args):
@@ -577,65 +581,37 @@ def find_label(text):
 def make_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    shown = "(default: %(default)s)"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
+    def add(group, flag, kind, default, text):
+        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
+
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--epochs", type=integer, default=50, help=f"passes over the training images {shown}"
-    )
-    training.add_argument(
-        "--batch-size", type=between(int, 2, 10**6), default=64, help=f"images in a step {shown}"
-    )
+    add(training, "--epochs", integer, 50, "passes over the training images")
+    add(training, "--batch-size", between(int, 2, 10**6), 64, "images in a step")
     # the DCGAN paper has batches of 128 and lr 2e-4; here 1e-3 was better than 5e-4 from the start
-    training.add_argument(
-        "--lr", type=between(float, 1e-9, 1), default=1e-3, help=f"Adam's learning rate {shown}"
-    )
-    training.add_argument(
-        "--beta1", type=between(float, 0, 0.9999), default=0.5, help=f"Adam's beta1 {shown}"
-    )
-    training.add_argument(
-        "--latent-dim", type=integer, default=64, help=f"noise values of an image {shown}"
-    )
-    training.add_argument(
-        "--seed", type=between(int, 0, MAX_SEED), default=0, help=f"random seed {shown}"
-    )
-    training.add_argument(
-        "--device", default=device, help=f"cpu, cuda, cuda:1, mps (untried) {shown}"
-    )
+    add(training, "--lr", between(float, 1e-9, 1), 1e-3, "Adam's learning rate")
+    add(training, "--beta1", between(float, 0, 0.9999), 0.5, "Adam's beta1")
+    add(training, "--latent-dim", integer, 64, "noise values of an image")
+    add(training, "--seed", between(int, 0, MAX_SEED), 0, "random seed")
+    add(training, "--device", str, device, "cpu, cuda, cuda:1, mps (untried)")
     training.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help=f"of the arithmetic; auto: bf16 where the hardware multiplies it {shown}",
+        help="of the arithmetic; auto: bf16 where it is fast (default: %(default)s)",
     )
-    training.add_argument(
-        "--width", type=integer, default=32, help=f"channels of the narrowest layer {shown}"
-    )
+    add(training, "--width", integer, 32, "channels of the narrowest layer")
     training.add_argument(
         "--resume", action="store_true", help="go on with the run in the output folder"
     )
 
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--data-dir", type=Path, default=Path("data"), help=f"where downloads go {shown}"
-    )
-    files.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("outputs", SCRIPT),
-        help=f"where everything else goes {shown}",
-    )
-    files.add_argument(
-        "--log-every",
-        type=between(int, 1, 10**9),
-        default=500,
-        help=f"steps between loss lines {shown}",
-    )
-    files.add_argument(
-        "--save-every", type=integer, default=10, help=f"epochs between kept weights {shown}"
-    )
+    add(files, "--data-dir", Path, "data", "where downloads go")
+    add(files, "--output-dir", Path, f"outputs/{SCRIPT}", "where everything else goes")
+    add(files, "--log-every", between(int, 1, 10**9), 500, "steps between loss lines")
+    add(files, "--save-every", integer, 10, "epochs between kept weights")
 
     generating = parser.add_argument_group("generating")
     generating.add_argument(
