@@ -125,7 +125,6 @@ class GAN:
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
-        self.lr = lr
         self.generator = generator
         self.discriminator = discriminator
         self.average = copy.deepcopy(generator).requires_grad_(False).eval()
@@ -183,15 +182,16 @@ class GAN:
 
     def load_state_dict(self, state):
         """Load a state_dict, but keep this GAN's learning rate."""
+        lr = self.optimizer_g.param_groups[0]["lr"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         for group in self.optimizer_g.param_groups + self.optimizer_d.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = lr
 
 
 def train_epoch(gan, images, labels, epoch, seconds_before, args):
     """Train on every full batch once and print how it goes; return rows for losses.csv."""
-    start = time.perf_counter() - seconds_before
+    start = time.perf_counter() - seconds_before  # as if training had never paused
     n_images = len(images) // args.batch_size * args.batch_size  # full batches
     order = torch.randperm(len(images), device=images.device)[:n_images]
     batches = order.split(args.batch_size)
@@ -214,7 +214,7 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
-    gan.update_statistics(min(50, len(batches)), args.batch_size)
+    gan.update_statistics(batches=min(50, len(batches)), batch_size=args.batch_size)
     return rows
 
 
@@ -381,7 +381,6 @@ def generate(args):
 
 SCRIPT = Path(__file__).stem
 MAX_FRAMES = 60
-MAX_SEED = 400_000  # 10_000 * seed + epoch has to fit the 32 bits that torch's CPU generator takes
 NAME_WIDTH = 100  # pixels, of the column of class names beside a grid
 
 
@@ -552,6 +551,7 @@ def load_checkpoint(gan, n_images, args):
 
 FIXED = ["batch_size", "beta1", "latent_dim", "width", "seed"]  # --resume can't change them
 SETTINGS = [*FIXED, "epochs", "lr", "precision", "log_every", "save_every"]
+MAX_SEED = 400_000  # 10_000 * seed + epoch has to fit the 32 bits that torch's CPU generator takes
 
 
 def between(kind, low, high):

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from collections import defaultdict, namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 from urllib.error import URLError
@@ -313,11 +314,13 @@ def test_generate_makes_what_the_shipped_weights_hold(script, run, tmp_path, cap
     assert images.dtype == torch.float32 and not images.requires_grad
 
 
-def test_bf16_trains_and_samples_are_of_fp32(script, run, spy):
+def test_bf16_trains_and_samples_are_of_fp32(script, run, tmp_path, spy):
     images = spy(script.Generator, "forward")
     samples = spy(script, "sample")
     run("--precision", "bf16")
     assert torch.bfloat16 in {call.result.dtype for call in images}
+    weights = load(tmp_path / "out/generator.pt")["generator"]
+    assert weights["network.0.weight"].dtype == torch.float32
     assert {call.result.dtype for call in samples} == {torch.float32}
 
 
@@ -334,6 +337,11 @@ def test_auto_takes_bf16_where_it_is_fast(script, monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
         assert script.multiplies_bf16(torch.device("cpu")) == fast
         assert not script.multiplies_bf16(torch.device("mps"))
+    asked = Mock(side_effect=nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", asked)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert script.multiplies_bf16(torch.device("cuda:1"))
+    asked.assert_called_once_with(torch.device("cuda:1"))  # not the current card
 
 
 @conditional_only
@@ -374,7 +382,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(script, run, data, tmp_path
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "out"))
 
 
-def test_resume_may_change_epochs_and_lr_but_not_the_run(run, tmp_path, refused):
+def test_resume_may_change_epochs_and_lr_but_not_the_run(script, run, tmp_path, refused, spy):
     run("--seed", 7)
     before = tree(tmp_path / "out")
     line = refused("--seed", 7)
@@ -389,6 +397,9 @@ def test_resume_may_change_epochs_and_lr_but_not_the_run(run, tmp_path, refused)
     assert checkpoint["rows"][-1]["epoch"] == checkpoint["settings"]["epochs"] == 2
     for optimizer in ("optimizer_g", "optimizer_d"):
         assert checkpoint["gan"][optimizer]["param_groups"][0]["lr"] == 0.000123
+    spy(script.GAN, "step", ctrl_c_at(1))
+    refused(*own, "--epochs", 80, status=130)  # stopped at once, it is as long as before
+    assert load(tmp_path / "out/checkpoint.pt")["settings"]["epochs"] == 2
 
 
 def test_a_finished_run_resumed_makes_missing_and_damaged_files_again(run, tmp_path, capsys):
@@ -406,9 +417,10 @@ def test_a_finished_run_resumed_makes_missing_and_damaged_files_again(run, tmp_p
     run("--resume")
     assert "Finished" in capsys.readouterr().out
     assert_same(outcome(out), before)
-    (out / "samples/epoch_0001.png").write_bytes(b"")
-    run("--resume")
-    assert Image.open(out / "samples.gif").n_frames == 2
+    for content in (b"", (out / "samples/epoch_0001.png").read_bytes()[:200]):
+        (out / "samples/epoch_0001.png").write_bytes(content)
+        run("--resume")
+        assert Image.open(out / "samples.gif").n_frames == 2
 
 
 def test_a_full_disk_leaves_the_old_file_whole(script, tmp_path, monkeypatch):
@@ -470,7 +482,7 @@ script.main()
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun is untried on Windows")
 @cifar_only
-def test_two_processes_train_one_gan(script, data, tmp_path):
+def test_two_processes_train_one_gan(script, run, data, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun = "torch.distributed.run --standalone --nproc-per-node=2 worker.py --device cpu"
     flags = "--batch-size 60 --log-every 1 --width 8 --epochs 1 --output-dir out --data-dir"
@@ -491,6 +503,22 @@ def test_two_processes_train_one_gan(script, data, tmp_path):
     assert len(one["labels"]) == len(other["labels"]) == N // 2
     both = torch.cat((one["labels"], other["labels"]))
     assert torch.equal(both.bincount(), script.load_images(data)[1].bincount())
+    run("--resume", "--epochs", 2)  # a checkpoint of two processes goes on in one
+    assert load(tmp_path / "out/checkpoint.pt")["rows"][-1]["epoch"] == 2
+
+
+@cifar_only
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
+def test_the_backend_is_the_devices(script, data, monkeypatch, device, backend):
+    started = Mock()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    monkeypatch.setattr(script.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(script.distributed, "barrier", Mock())
+    monkeypatch.setattr(script.distributed, "init_process_group", started)
+    args = script.make_parser().parse_args(["--device", device, "--data-dir", str(data)])
+    script.join_processes(args)
+    assert started.call_args.args == (backend,)
 
 
 # ---- files from strangers
@@ -625,8 +653,8 @@ def test_a_mistake_in_ones_own_code_keeps_its_traceback(script, run, monkeypatch
 # What makes them different GANs, by the number of texts that a part has; of any other it is one.
 TEXTS = {
     10: "__init__",
-    4: "forward make_parser",
-    3: "step train_epoch train load_images sample",
+    4: "Generator Discriminator forward make_parser",
+    3: "GAN step train_epoch train load_images sample",
     2: "update_statistics mean_losses start_outputs save_grid save_samples generate parse_args",
 }
 
@@ -635,8 +663,10 @@ def test_shared_parts_are_the_same_text():
     texts = defaultdict(set)
     for name in NAMES:
         code = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        assert code.startswith("# SPDX-License-Identifier: MIT\n")
+        assert not re.search(rf"^(from|import) ({'|'.join(NAMES)})\b", code, re.MULTILINE)
         for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 texts[node.name].add(ast.get_source_segment(code, node))
     different = {part: len(found) for part, found in texts.items() if len(found) > 1}
     assert different == {part: count for count, parts in TEXTS.items() for part in parts.split()}

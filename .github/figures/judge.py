@@ -4,8 +4,8 @@
     python .github/figures/judge.py dcgan_mnist.py .github/weights/dcgan_mnist.pt
 
 10,000 images are generated, of a conditional script's classes equally many, and compared with the
-10,000 real test images, in the features of a small classifier that was trained on that data set's
-training images. The figures in brackets are of 10,000 of those, the last one of the test images:
+10,000 real test images, in the features of a small classifier that was trained on that data set.
+In brackets stand the same figures of real images: 10,000 training images, for `class` test images.
 
     Fréchet distance  between both sets of features (arXiv:1706.08500 has the formula): lower is
                       better. It compares within a data set only and is no Inception FID.
