@@ -610,11 +610,11 @@ SETTINGS = [*FIXED, "epochs", "lr", "precision", "log_every", "save_every"]
 MAX_SEED = 400_000  # 10_000 * seed + epoch has to fit the 32 bits that torch's CPU generator takes
 
 
-def between(kind, low, high):
+def between(convert, low, high):
     """Return an argparse type: an int or a float from `low` to `high`."""
 
     def number(text):
-        value = kind(text)
+        value = convert(text)
         if not low <= value <= high:  # NaN is refused too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
@@ -640,8 +640,9 @@ def make_parser():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
-    def add(group, flag, kind, default, text):
-        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
+    def add(group, flag, convert, default, text):
+        text = f"{text} (default: %(default)s)"
+        group.add_argument(flag, type=convert, default=default, help=text)
 
     training = parser.add_argument_group("training")
     add(training, "--epochs", integer, 50, "passes over the training images")

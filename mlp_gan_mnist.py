@@ -4,10 +4,12 @@
 A generator turns noise into images; a discriminator tells images of the data set from the
 generator's. They are trained in turn. The discriminator learns to answer 1 for real images and 0
 for fake ones, which is ordinary classification. The generator learns to make the discriminator
-answer 1 for its images: its gradient comes through the discriminator, which so shows it, pixel by
-pixel, what would look more real. It never sees a real image itself. As one gets better, the other
-has to; neither loss goes to zero, and the pictures, not the losses, say how far they are.
-Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661.
+answer 1 for its images: its gradient comes through the discriminator, and shows it, pixel by pixel,
+what would look more real. It never sees a real image itself. As one gets better, the other has to;
+neither loss goes to zero, and the pictures, not the losses, say how far they are. Goodfellow et al.
+2014, "Generative Adversarial Networks", arXiv:1406.2661. Not the paper's: ten kinds of image that
+the noise chooses from, BatchNorm, LeakyReLU, Adam, and samples from an average of the generator's
+weights.
 
     python mlp_gan_mnist.py --epochs 25              train; everything goes to outputs/mlp_gan_mnist
     python mlp_gan_mnist.py --epochs 50 --resume     go on with that run, up to 50 epochs in all
@@ -34,18 +36,24 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+KINDS = 10  # as many as there are digits; no labels are used
+
 # ---- networks
 
 
 class Generator(nn.Module):
-    """Turns normal noise (n, latent_dim) into images (n, 1, 28, 28) in [-1, 1]."""
+    """Turns normal noise (n, latent_dim) into images (n, 1, 28, 28) in [-1, 1].
+
+    Which of the noise's first ten values is the largest decides on one of ten kinds of image. From
+    noise alone a network, being continuous, makes shapes between digits, too (arXiv:1806.00880).
+    """
 
     def __init__(self, latent_dim=100, width=256):
         super().__init__()
         self.latent_dim = latent_dim
         self.width = width
         self.network = nn.Sequential(
-            nn.Linear(latent_dim, width, bias=False),
+            nn.Linear(latent_dim + KINDS, width, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(inplace=True),
             nn.Linear(width, 2 * width, bias=False),
@@ -57,7 +65,10 @@ class Generator(nn.Module):
         )
 
     def forward(self, noise):
-        return self.network(noise)
+        kinds = noise[:, :KINDS].argmax(dim=1)
+        one_hot = F.one_hot(kinds, KINDS)
+        # as strong as the noise, or the network would hardly use it
+        return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
 class Discriminator(nn.Module):
@@ -504,11 +515,11 @@ SETTINGS = [*FIXED, "epochs", "lr", "precision", "log_every", "save_every"]
 MAX_SEED = 400_000  # 10_000 * seed + epoch has to fit the 32 bits that torch's CPU generator takes
 
 
-def between(kind, low, high):
+def between(convert, low, high):
     """Return an argparse type: an int or a float from `low` to `high`."""
 
     def number(text):
-        value = kind(text)
+        value = convert(text)
         if not low <= value <= high:  # NaN is refused too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
@@ -522,8 +533,9 @@ def make_parser():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
-    def add(group, flag, kind, default, text):
-        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
+    def add(group, flag, convert, default, text):
+        text = f"{text} (default: %(default)s)"
+        group.add_argument(flag, type=convert, default=default, help=text)
 
     training = parser.add_argument_group("training")
     add(training, "--epochs", integer, 25, "passes over the training images")

@@ -169,6 +169,17 @@ def test_networks_have_the_promised_shapes(script):
             discriminator(torch.zeros(4, real.shape[1], size, size))
 
 
+@pytest.mark.parametrize("script", NAMES[:2], indirect=True)
+def test_the_largest_of_the_first_ten_numbers_chooses_the_kind(script):
+    generator = script.Generator(width=8)
+    inputs = []
+    generator.network.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    noise = torch.randn(10, generator.latent_dim)
+    noise[:, :10] += 20 * torch.eye(10)
+    generator(noise)
+    assert torch.equal(inputs[0], torch.cat((noise, 10 * torch.eye(10)), dim=1))
+
+
 def test_losses_are_the_papers(script):
     real = torch.tensor([2.0, -1.0])
     fake = torch.tensor([0.5, 3.0])
@@ -705,13 +716,15 @@ def test_readmes_examples_run(data, tmp_path, monkeypatch):
     shutil.copytree(HERE / ".github/weights", tmp_path / ".github/weights")
     shutil.copytree(data, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    one, two, three = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    one, kinds, two, three = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "range(1, 1001)" in three
     three = three.replace("1001", "3")
     for example, name, count in ((one, "images", 8), (two, "row", 8), (three, "digits", 16)):
         names = {}
         exec(example, names)
         assert names[name].shape == (count, 1, 28, 28) and names[name].std() > 0
+    exec(kinds, {})
+    assert Image.open("kinds.png").size == (20 * 30 + 2, 10 * 30 + 2)
 
 
 def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch):
