@@ -40,8 +40,8 @@ KINDS = 10  # as many as there are digits; no labels are used
 class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) into images (n, 1, 28, 28) in [-1, 1].
 
-    Which of the noise's first ten values is the largest decides on one of ten kinds of image. From
-    noise alone a network, being continuous, makes shapes between digits, too (arXiv:1806.00880).
+    The largest of the noise's first ten values chooses one of ten kinds of image. From noise alone,
+    a network, being continuous, makes shapes between digits, too (arXiv:1806.00880).
     """
 
     def __init__(self, latent_dim=100, width=32):

@@ -6,10 +6,11 @@ generator's. They are trained in turn. The discriminator learns to answer 1 for 
 for fake ones, which is ordinary classification. The generator learns to make the discriminator
 answer 1 for its images: its gradient comes through the discriminator, and shows it, pixel by pixel,
 what would look more real. It never sees a real image itself. As one gets better, the other has to;
-neither loss goes to zero, and the pictures, not the losses, say how far they are. Goodfellow et al.
-2014, "Generative Adversarial Networks", arXiv:1406.2661. Not the paper's: ten kinds of image that
-the noise chooses from, BatchNorm, LeakyReLU, Adam, and samples from an average of the generator's
-weights.
+neither loss goes to zero, and the pictures, not the losses, say how far they are.
+
+Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661. Not the paper's: ten
+kinds of image that the noise chooses from, BatchNorm, LeakyReLU, Adam, and samples from an average
+of the generator's weights.
 
     python mlp_gan_mnist.py --epochs 25              train; everything goes to outputs/mlp_gan_mnist
     python mlp_gan_mnist.py --epochs 50 --resume     go on with that run, up to 50 epochs in all
@@ -44,8 +45,8 @@ KINDS = 10  # as many as there are digits; no labels are used
 class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) into images (n, 1, 28, 28) in [-1, 1].
 
-    Which of the noise's first ten values is the largest decides on one of ten kinds of image. From
-    noise alone a network, being continuous, makes shapes between digits, too (arXiv:1806.00880).
+    The largest of the noise's first ten values chooses one of ten kinds of image. From noise alone,
+    a network, being continuous, makes shapes between digits, too (arXiv:1806.00880).
     """
 
     def __init__(self, latent_dim=100, width=256):
