@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator generates it.
 
-Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784.
+Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Not that
+paper's: a discriminator with a logit for each class (arXiv:1802.05637) instead of the label as an
+input, real images under wrong labels as fakes (arXiv:1605.05396), noise on all that the
+discriminator sees (arXiv:1610.04490), and samples from an average of the generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
     python cgan_cifar10.py --generate 25 --label horse    generate 25 horses
+    torchrun --standalone --nproc-per-node=8 cgan_cifar10.py --batch-size 512    train on 8 GPUs
 """
 
 import argparse
@@ -62,7 +66,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, noise, labels):
-        one_hot = F.one_hot(labels, len(CLASSES))
+        one_hot = F.one_hot(labels, len(CLASSES))  # unscaled: the discriminator asks for it
         return self.network(torch.cat((noise, one_hot), dim=1))
 
 
@@ -83,7 +87,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(4 * width, 8 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(8 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(8 * width, len(CLASSES), 4),  # 1x1; a projection: arXiv:1802.05637
+            nn.Conv2d(8 * width, len(CLASSES), 4),  # 1x1
         )
 
     def forward(self, images):
@@ -111,7 +115,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
+    """Return -mean log D(real) - mean log(1 - D(fake)), D the sigmoid of the logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -140,7 +144,7 @@ class GAN:
         self.bf16 = bf16
 
     def step(self, real, labels):
-        """Train both networks on real images (n, 3, 32, 32) in [-1, 1]; return both losses (2,).
+        """Train on real images (n, 3, 32, 32) in [-1, 1]; return loss_d and loss_g, (2,).
 
         Real images under a wrong one of the labels (n,) count as fake, too: arXiv:1605.05396.
         """
@@ -204,7 +208,7 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
     rank, processes = torchrun()
     n_images = len(images) // args.batch_size * args.batch_size  # full batches
     order = torch.randperm(len(images), device=images.device)[:n_images]
-    if processes > 1:  # from the same order on, each process draws random numbers of its own
+    if processes > 1:  # the order is common; from here on, each draws random numbers of its own
         torch.manual_seed(torch.randint(2**32, (processes,))[rank].item())
     batches = order.split(args.batch_size)
     rows = []
@@ -278,10 +282,11 @@ def torchrun():
 
 
 def join_processes(args):
-    """Let torchrun's processes find each other, once the data is on each host's disk."""
+    """Let torchrun's processes find each other, once the data is on the disk."""
     local_rank = int(os.environ["LOCAL_RANK"])
-    if args.device == "cuda":
-        torch.cuda.set_device(local_rank)  # each process has a card of its own
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{local_rank}"  # even if --device names one card for all
+        torch.cuda.set_device(args.device)
     if local_rank == 0:
         load_images(args.data_dir)
     nccl = args.device.startswith("cuda") and distributed.is_nccl_available()
@@ -304,15 +309,15 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
+        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
-        bf16 = multiplies_bf16(torch.device(args.device))
+        bf16 = bf16_is_fast(torch.device(args.device))
     return GAN(generator, discriminator, args.lr, args.beta1, bf16)
 
 
-def multiplies_bf16(device):
-    """Return whether bf16 is fast there: CUDA cards from Ampere on, CPUs with AMX, AMD's Zen 4."""
+def bf16_is_fast(device):
+    """Return whether it is: on CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4 on."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -410,7 +415,7 @@ def load_generator(path, device="cpu"):
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
-    generator.to(device, torch.float32, memory_format=torch.channels_last)
+    generator.to(device, memory_format=torch.channels_last)
     return generator.eval()
 
 
@@ -637,7 +642,8 @@ def find_label(text):
 def make_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    card = os.environ.get("LOCAL_RANK", 0)  # torchrun's processes have one each
+    device = f"cuda:{card}" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
     def add(group, flag, convert, default, text):
@@ -698,7 +704,7 @@ def parse_args(argv):
         parser.error("--generate: at most 100 of each class without --label")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser converts and checks strings alone
+        # as text: of defaults, the parser sends strings alone through their flags' types
         parser.set_defaults(**{name: str(value) for name, value in settings.items()})
         args = parser.parse_args(argv)
         for name in FIXED:

@@ -2,7 +2,9 @@
 """Conditional DCGAN on Fashion-MNIST: name a class of clothes, and the generator generates it.
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with the
-convolutional networks of arXiv:1511.06434.
+convolutional networks of arXiv:1511.06434. Not theirs: a discriminator with a logit for each
+class (arXiv:1802.05637) instead of the label as an input, real images under wrong labels as fakes
+(arXiv:1605.05396), and samples from an average of the generator's weights.
 
     python cgan_fashion_mnist.py --epochs 50             train, into outputs/cgan_fashion_mnist
     python cgan_fashion_mnist.py --epochs 80 --resume    go on with that run, up to 80 epochs in all
@@ -60,7 +62,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, noise, labels):
-        one_hot = F.one_hot(labels, len(CLASSES))
+        one_hot = F.one_hot(labels, len(CLASSES))  # unscaled: the discriminator asks for it
         return self.network(torch.cat((noise, one_hot), dim=1))
 
 
@@ -78,10 +80,10 @@ class Discriminator(nn.Module):
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            # a hidden layer over the whole image, 1x1; Linear would leave channels_last
+            # a hidden layer, 7x7 to 1x1; for Linear, channels_last would have to be undone
             nn.Conv2d(4 * width, 4 * width, 7),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(4 * width, len(CLASSES), 1),  # a projection: arXiv:1802.05637
+            nn.Conv2d(4 * width, len(CLASSES), 1),
         )
 
     def forward(self, images):
@@ -104,7 +106,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
+    """Return -mean log D(real) - mean log(1 - D(fake)), D the sigmoid of the logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -133,7 +135,7 @@ class GAN:
         self.bf16 = bf16
 
     def step(self, real, labels):
-        """Train both networks on real images (n, 1, 28, 28) in [-1, 1]; return both losses (2,).
+        """Train on real images (n, 1, 28, 28) in [-1, 1]; return loss_d and loss_g, (2,).
 
         Real images under a wrong one of the labels (n,) count as fake, too: arXiv:1605.05396.
         """
@@ -248,15 +250,15 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
+        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
-        bf16 = multiplies_bf16(torch.device(args.device))
+        bf16 = bf16_is_fast(torch.device(args.device))
     return GAN(generator, discriminator, args.lr, args.beta1, bf16)
 
 
-def multiplies_bf16(device):
-    """Return whether bf16 is fast there: CUDA cards from Ampere on, CPUs with AMX, AMD's Zen 4."""
+def bf16_is_fast(device):
+    """Return whether it is: on CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4 on."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -354,7 +356,7 @@ def load_generator(path, device="cpu"):
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
-    generator.to(device, torch.float32, memory_format=torch.channels_last)
+    generator.to(device, memory_format=torch.channels_last)
     return generator.eval()
 
 
@@ -642,7 +644,7 @@ def parse_args(argv):
         parser.error("--generate: at most 100 of each class without --label")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser converts and checks strings alone
+        # as text: of defaults, the parser sends strings alone through their flags' types
         parser.set_defaults(**{name: str(value) for name, value in settings.items()})
         args = parser.parse_args(argv)
         for name in FIXED:

@@ -68,7 +68,7 @@ class Generator(nn.Module):
     def forward(self, noise):
         kinds = noise[:, :KINDS].argmax(dim=1)
         one_hot = F.one_hot(kinds, KINDS)
-        # as strong as the noise, or the network would hardly use it
+        # as strong as the noise: no loss asks for a kind, and a weak one would hardly be used
         return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
@@ -101,7 +101,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return mean -log D(real) + mean -log(1 - D(fake)) of logits (n,), (m,), D their sigmoid."""
+    """Return -mean log D(real) - mean log(1 - D(fake)), D the sigmoid of the logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -130,7 +130,7 @@ class GAN:
         self.bf16 = bf16
 
     def step(self, real):
-        """Train both networks on real images (n, 1, 28, 28) in [-1, 1]; return both losses (2,)."""
+        """Train on real images (n, 1, 28, 28) in [-1, 1]; return loss_d and loss_g, (2,)."""
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -239,15 +239,15 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
+        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
-        bf16 = multiplies_bf16(torch.device(args.device))
+        bf16 = bf16_is_fast(torch.device(args.device))
     return GAN(generator, discriminator, args.lr, args.beta1, bf16)
 
 
-def multiplies_bf16(device):
-    """Return whether bf16 is fast there: CUDA cards from Ampere on, CPUs with AMX, AMD's Zen 4."""
+def bf16_is_fast(device):
+    """Return whether it is: on CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4 on."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -335,7 +335,7 @@ def load_generator(path, device="cpu"):
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
-    generator.to(device, torch.float32, memory_format=torch.channels_last)
+    generator.to(device, memory_format=torch.channels_last)
     return generator.eval()
 
 
@@ -584,7 +584,7 @@ def parse_args(argv):
         parser.error("--weights is for --generate")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser converts and checks strings alone
+        # as text: of defaults, the parser sends strings alone through their flags' types
         parser.set_defaults(**{name: str(value) for name, value in settings.items()})
         args = parser.parse_args(argv)
         for name in FIXED:

@@ -346,12 +346,12 @@ def test_auto_takes_bf16_where_it_is_fast(script, monkeypatch):
         (old, False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
-        assert script.multiplies_bf16(torch.device("cpu")) == fast
-        assert not script.multiplies_bf16(torch.device("mps"))
+        assert script.bf16_is_fast(torch.device("cpu")) == fast
+        assert not script.bf16_is_fast(torch.device("mps"))
     asked = Mock(side_effect=nullcontext)
     monkeypatch.setattr(torch.cuda, "device", asked)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert script.multiplies_bf16(torch.device("cuda:1"))
+    assert script.bf16_is_fast(torch.device("cuda:1"))
     asked.assert_called_once_with(torch.device("cuda:1"))  # not the current card
 
 
@@ -519,16 +519,19 @@ def test_two_processes_train_one_gan(script, run, data, tmp_path):
 
 
 @cifar_only
-@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
-def test_the_backend_is_the_devices(script, data, monkeypatch, device, backend):
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), (None, "nccl"), ("cuda:0", "nccl")])
+def test_each_process_has_a_card_of_its_own(script, monkeypatch, device, backend):
     started = Mock()
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", Mock())
     monkeypatch.setattr(script.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(script.distributed, "barrier", Mock())
     monkeypatch.setattr(script.distributed, "init_process_group", started)
-    args = script.make_parser().parse_args(["--device", device, "--data-dir", str(data)])
+    args = script.make_parser().parse_args(["--device", device] if device else [])
+    assert args.device == (device or "cuda:1")
     script.join_processes(args)
+    assert args.device == (device if device == "cpu" else "cuda:1")
     assert started.call_args.args == (backend,)
 
 
