@@ -157,7 +157,8 @@ class GAN:
             fake = self.generator(noise, labels)
             real_logits = self.discriminator(add_noise(real))
             fake_logits = self.discriminator(add_noise(fake.detach()))
-        negatives = torch.cat((pick(fake_logits, labels), pick(real_logits, wrong)))
+        mislabelled = pick(real_logits, wrong).repeat(2)  # each counts twice, for clearer classes
+        negatives = torch.cat((pick(fake_logits, labels), mislabelled))
         loss_d = discriminator_loss(pick(real_logits, labels), negatives)
         self.optimizer_d.zero_grad()
         loss_d.backward()

@@ -3,9 +3,10 @@
 
     python .github/figures/strip.py dcgan_mnist.py 1 2 5 10 25 50
 
-takes the first row of the grids in outputs/dcgan_mnist, or, of a conditional script's, an image of
-each class, always of the same noise, and writes .github/pictures/dcgan_mnist.png. With --animate it
-writes a GIF of the grids instead; a conditional script's are cut after their fifth column.
+takes the first row of the grids in outputs/dcgan_mnist, or the diagonal of a conditional script's,
+which has an image of each class and of each noise, and writes .github/pictures/dcgan_mnist.png.
+With --animate it writes a GIF of the grids instead; a conditional script's are cut after their
+fifth column.
 """
 
 import argparse
@@ -21,10 +22,10 @@ BORDER = 2  # between two images
 
 
 def cut(grid, columns, size, conditional):
-    """Yield a grid's first row, or the first image of each row, in squares of `size` pixels."""
+    """Yield a grid's first row, or the diagonal, in squares of `size` pixels."""
     left = grid.width - columns * size - BORDER  # what the class names take
     for i in range(columns):
-        x, y = (0, i) if conditional else (i, 0)
+        x, y = (i, i) if conditional else (i, 0)
         yield grid.crop((left + x * size, y * size, left + (x + 1) * size, (y + 1) * size))
 
 
