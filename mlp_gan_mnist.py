@@ -120,7 +120,7 @@ class GAN:
 
     PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
-    def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
+    def __init__(self, generator, discriminator, lr=5e-4, beta1=0.5, bf16=False):
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
         self.generator = generator
         self.discriminator = discriminator
@@ -541,8 +541,8 @@ def make_parser():
     training = parser.add_argument_group("training")
     add(training, "--epochs", integer, 25, "passes over the training images")
     add(training, "--batch-size", between(int, 2, 10**6), 64, "images in a step")
-    # the DCGAN paper has batches of 128 and lr 2e-4; here 1e-3 was better than 5e-4 from the start
-    add(training, "--lr", between(float, 1e-9, 1), 1e-3, "Adam's learning rate")
+    # at 1e-3, the digits were less varied after 25 epochs
+    add(training, "--lr", between(float, 1e-9, 1), 5e-4, "Adam's learning rate")
     add(training, "--beta1", between(float, 0, 0.9999), 0.5, "Adam's beta1")
     add(training, "--latent-dim", integer, 100, "noise values of an image")
     add(training, "--seed", between(int, 0, MAX_SEED), 0, "random seed")

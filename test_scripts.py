@@ -668,8 +668,8 @@ def test_a_mistake_in_ones_own_code_keeps_its_traceback(script, run, monkeypatch
 # What makes them different GANs, by the number of texts that a part has; of any other it is one.
 TEXTS = {
     10: "__init__",
-    4: "Generator Discriminator forward make_parser",
-    3: "GAN step train_epoch train load_images sample",
+    4: "Generator Discriminator GAN forward make_parser",
+    3: "step train_epoch train load_images sample",
     2: "update_statistics mean_losses start_outputs save_grid save_samples generate parse_args",
 }
 
@@ -698,6 +698,21 @@ def test_judge_measures_what_it_says(monkeypatch):
     assert judge.coverage(one, one[:200]) > 0.9 and judge.coverage(one, one + 100) == 0
     smooth, checkerboard = torch.ones(1, 1, 8, 8), torch.eye(2).tile(1, 1, 4, 4)
     assert judge.high_energy(smooth) < 1e-9 < 1 < judge.high_energy(checkerboard)
+
+
+def test_pace_compares_the_script_with_a_plain_loop(script, data, monkeypatch, capsys, spy):
+    monkeypatch.syspath_prepend(HERE / ".github/figures")
+    pace = importlib.import_module("pace")
+    monkeypatch.setattr(pace, "N", N)
+    ours = spy(script.GAN, "step")
+    theirs = spy(pace.PlainLoop, "step")
+    flags = f"{script.SCRIPT}.py --rounds 2 --batch-size 60 --width 8 --data-dir".split()
+    monkeypatch.setattr(sys, "argv", ["pace.py", *flags, str(data)])
+    pace.main()
+    assert len(ours) == len(theirs) == 2 * 3  # the first round isn't counted
+    ours, theirs = ours[0].args[1], theirs[0].args[1]
+    assert ours.shape == theirs.shape and ours.aminmax() == theirs.aminmax() == (-1, 1)
+    assert re.search(r"median ratio \d+\.\d\d\n", capsys.readouterr().out)
 
 
 def test_readmes_commands_flags_defaults_and_links_are_real():
