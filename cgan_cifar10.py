@@ -66,7 +66,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, noise, labels):
-        one_hot = F.one_hot(labels, len(CLASSES))  # unscaled: the discriminator asks for it
+        one_hot = F.one_hot(labels, len(CLASSES))
         return self.network(torch.cat((noise, one_hot), dim=1))
 
 
