@@ -3,8 +3,9 @@
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Not that
 paper's: a discriminator with a logit for each class (arXiv:1802.05637) instead of the label as an
-input, real images under wrong labels as fakes (arXiv:1605.05396), noise on all that the
-discriminator sees (arXiv:1610.04490), and samples from an average of the generator's weights.
+input, real images under wrong labels as fakes (arXiv:1605.05396), shifts and noise on all that the
+discriminator sees (arXiv:2006.10738, arXiv:1610.04490), and samples from an average of the
+generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
@@ -100,9 +101,15 @@ def pick(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def add_noise(images):
-    """Return images with noise that hides fine grain from the discriminator (arXiv:1610.04490)."""
-    return images + 0.1 * torch.randn_like(images)
+def augment(images):
+    """Return images as the discriminator sees them: shifted at random, with noise.
+
+    The shift, one for all of them, makes it harder to learn real images by heart
+    (arXiv:2006.10738); the noise hides fine grain from it (arXiv:1610.04490).
+    """
+    shift = torch.randint(-4, 5, (2,)).tolist()  # pixels
+    shifted = images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
+    return shifted + 0.1 * torch.randn_like(shifted)
 
 
 def initialize_weights(layer):
@@ -155,8 +162,8 @@ class GAN:
         # discriminator: 1 for real images, 0 for the generator's and under wrong labels
         with autocast:
             fake = self.generator(noise, labels)
-            real_logits = self.discriminator(add_noise(real))
-            fake_logits = self.discriminator(add_noise(fake.detach()))
+            real_logits = self.discriminator(augment(real))
+            fake_logits = self.discriminator(augment(fake.detach()))
         mislabelled = pick(real_logits, wrong).repeat(2)  # each counts twice, for clearer classes
         negatives = torch.cat((pick(fake_logits, labels), mislabelled))
         loss_d = discriminator_loss(pick(real_logits, labels), negatives)
@@ -167,7 +174,7 @@ class GAN:
 
         # generator: 1 for the same images, from the discriminator as it is now
         with autocast:
-            fake_logits = self.discriminator(add_noise(fake))
+            fake_logits = self.discriminator(augment(fake))
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
         loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's
@@ -234,7 +241,7 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
     means = mean_losses(losses)
     if rank == 0:
         report_epoch(epoch, args.epochs, means, seconds, n_images)
-    gan.update_statistics(batches=min(50, len(batches)), batch_size=args.batch_size // processes)
+    gan.update_statistics(batches=50, batch_size=args.batch_size // processes)
     return rows
 
 
@@ -318,7 +325,7 @@ def build_gan(args):
 
 
 def bf16_is_fast(device):
-    """Return whether it is: on CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4 on."""
+    """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)

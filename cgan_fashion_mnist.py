@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Conditional DCGAN on Fashion-MNIST: name a class of clothes, and the generator generates it.
 
-Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with the
-convolutional networks of arXiv:1511.06434. Not theirs: a discriminator with a logit for each
+Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with
+convolutional networks as in arXiv:1511.06434. Not theirs: a discriminator with a logit for each
 class (arXiv:1802.05637) instead of the label as an input, real images under wrong labels as fakes
 (arXiv:1605.05396), and samples from an average of the generator's weights.
 
@@ -216,7 +216,7 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
-    gan.update_statistics(batches=min(50, len(batches)), batch_size=args.batch_size)
+    gan.update_statistics(batches=50, batch_size=args.batch_size)
     return rows
 
 
@@ -258,7 +258,7 @@ def build_gan(args):
 
 
 def bf16_is_fast(device):
-    """Return whether it is: on CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4 on."""
+    """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)

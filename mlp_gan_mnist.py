@@ -206,7 +206,7 @@ def train_epoch(gan, images, epoch, seconds_before, args):
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
-    gan.update_statistics(batches=min(50, len(batches)), batch_size=args.batch_size)
+    gan.update_statistics(batches=50, batch_size=args.batch_size)
     return rows
 
 
@@ -247,7 +247,7 @@ def build_gan(args):
 
 
 def bf16_is_fast(device):
-    """Return whether it is: on CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4 on."""
+    """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
