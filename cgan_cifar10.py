@@ -101,15 +101,15 @@ def pick(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def augment(images):
-    """Return images as the discriminator sees them: shifted at random, with noise.
+def augment(images, max_shift=4, noise=0.1):
+    """Return images (n, C, H, W) as the discriminator sees them: shifted at random, with noise.
 
-    The shift, one for all of them, makes it harder to learn real images by heart
+    The shift, one for the whole batch, keeps it from learning real images by heart
     (arXiv:2006.10738); the noise hides fine grain from it (arXiv:1610.04490).
     """
-    shift = torch.randint(-4, 5, (2,)).tolist()  # pixels
+    shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()  # pixels down and to the right
     shifted = images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
-    return shifted + 0.1 * torch.randn_like(shifted)
+    return shifted + noise * torch.randn_like(shifted)
 
 
 def initialize_weights(layer):
@@ -188,7 +188,7 @@ class GAN:
         for average, live in parameters:
             average.lerp_(live.detach(), weight)
 
-    def update_statistics(self, batches, batch_size):
+    def update_statistics(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
         device = next(self.average.parameters()).device
         self.average.train()
@@ -241,7 +241,7 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
     means = mean_losses(losses)
     if rank == 0:
         report_epoch(epoch, args.epochs, means, seconds, n_images)
-    gan.update_statistics(batches=50, batch_size=args.batch_size // processes)
+    gan.update_statistics(args.batch_size // processes)
     return rows
 
 

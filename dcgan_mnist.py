@@ -164,7 +164,7 @@ class GAN:
         for average, live in parameters:
             average.lerp_(live.detach(), weight)
 
-    def update_statistics(self, batches, batch_size):
+    def update_statistics(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
         device = next(self.average.parameters()).device
         self.average.train()
@@ -211,7 +211,7 @@ def train_epoch(gan, images, epoch, seconds_before, args):
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
-    gan.update_statistics(batches=50, batch_size=args.batch_size)
+    gan.update_statistics(args.batch_size)
     return rows
 
 

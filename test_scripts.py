@@ -191,12 +191,18 @@ def test_losses_are_the_papers(script):
 
 def test_a_step_takes_the_right_answers_for_its_losses(script, spy):
     answers = spy(script.Discriminator, "forward")
+    augmented = spy(script, "augment") if script.SCRIPT == "cgan_cifar10" else []
     losses_d = spy(script, "discriminator_loss")
     losses_g = spy(script, "generator_loss")
     picks = spy(script, "pick") if is_conditional(script) else []
     real, *labels = random_batch(script, 100)
     tiny_gan(script).step(real, *labels)
-    assert answers[0].args[1].std() > 0.5 > answers[1].args[1].std()  # real ones first
+    shown = [answer.args[1] for answer in answers]
+    if augmented:
+        assert all(call.result is images for call, images in zip(augmented, shown, strict=True))
+        shown = [call.args[0] for call in augmented]
+    assert shown[0] is real and torch.equal(shown[1], shown[2])  # the same fakes twice
+    assert shown[2].requires_grad and not shown[1].requires_grad
     real_logits, fake_logits, logits_for_generator = (answer.result for answer in answers)
     positives, negatives = losses_d[0].args
     if not labels:
@@ -235,7 +241,7 @@ def test_a_step_moves_every_weight_and_the_average_follows(script):
     for average, then, now in zip(gan.average.parameters(), before_g, weights_g, strict=True):
         assert torch.allclose(average, 0.75 * then + 0.25 * now, atol=1e-6)
     statistics = [value.clone() for value in gan.average.buffers()]
-    gan.update_statistics(2, 10)
+    gan.update_statistics(10, batches=2)
     assert not any(map(torch.equal, statistics, gan.average.buffers()))
     assert not gan.average.training
 
