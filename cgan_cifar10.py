@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator generates it.
 
-Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Not that
-paper's: a discriminator with a logit for each class (arXiv:1802.05637) instead of the label as an
+Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
+here: a discriminator with a logit for each class (arXiv:1802.05637) instead of the label as an
 input, real images under wrong labels as fakes (arXiv:1605.05396), shifts and noise on all that the
 discriminator sees (arXiv:2006.10738, arXiv:1610.04490), and samples from an average of the
 generator's weights.
@@ -97,7 +97,7 @@ class Discriminator(nn.Module):
 
 
 def pick(logits, labels):
-    """Return, of logits (n, classes), each image's for its own label: (n,)."""
+    """Return (n,): of each row of logits (n, classes), the one at its label (n,)."""
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
@@ -151,9 +151,9 @@ class GAN:
         self.bf16 = bf16
 
     def step(self, real, labels):
-        """Train on real images (n, 3, 32, 32) in [-1, 1]; return loss_d and loss_g, (2,).
+        """Train on real images (n, 3, 32, 32) in [-1, 1], labels (n,); return loss_d, loss_g: (2,).
 
-        Real images under a wrong one of the labels (n,) count as fake, too: arXiv:1605.05396.
+        Each real image also counts as fake under a random wrong label: arXiv:1605.05396.
         """
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
@@ -183,7 +183,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self, weight):
-        """Move the averaged weights by `weight`, 0 to 1, of the way to the generator's."""
+        """Set each averaged weight w to (1 - weight) * w + weight * the generator's."""
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, live in parameters:
             average.lerp_(live.detach(), weight)
@@ -213,50 +213,50 @@ class GAN:
 def train_epoch(gan, images, labels, epoch, seconds_before, args):
     """Train on every full batch once and print how it goes; return rows for losses.csv."""
     start = time.perf_counter() - seconds_before  # as if training had never paused
-    rank, processes = torchrun()
+    rank, world_size = dist_info()
     n_images = len(images) // args.batch_size * args.batch_size  # full batches
     order = torch.randperm(len(images), device=images.device)[:n_images]
-    if processes > 1:  # the order is common; from here on, each draws random numbers of its own
-        torch.manual_seed(torch.randint(2**32, (processes,))[rank].item())
+    if world_size > 1:  # the order is common; from here on, each draws random numbers of its own
+        torch.manual_seed(torch.randint(2**32, (world_size,))[rank].item())
     batches = order.split(args.batch_size)
     rows = []
     losses = []
     logged = 0  # batches
     hidden = True if rank > 0 else None  # None: no bar in a log file
     progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=hidden)
-    for batch, indices in enumerate(progress, 1):
-        step = (epoch - 1) * len(batches) + batch
-        indices = indices[rank::processes]
+    for i, indices in enumerate(progress, 1):
+        step = (epoch - 1) * len(batches) + i
+        indices = indices[rank::world_size]
         real = mirror_half(images[indices] / 127.5 - 1)  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real, labels[indices]))
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
-        if batch % args.log_every == 0 or batch == len(batches):
+        if i % args.log_every == 0 or i == len(batches):
             rows.append(make_row(epoch, step, losses[logged:], start))
             check_finite(gan, rows[-1])
-            logged = batch
-        if batch % args.log_every == 0 and rank == 0:
+            logged = i
+        if i % args.log_every == 0 and rank == 0:
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     means = mean_losses(losses)
     if rank == 0:
         report_epoch(epoch, args.epochs, means, seconds, n_images)
-    gan.update_statistics(args.batch_size // processes)
+    gan.update_statistics(args.batch_size // world_size)
     return rows
 
 
 def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
-    rank, processes = torchrun()
-    if processes > 1:
-        join_processes(args)
+    rank, world_size = dist_info()
+    if world_size > 1:
+        init_distributed(args)
     images, labels = load_images(args.data_dir)
     images = images.to(args.device)  # all of them, as bytes: no DataLoader
     labels = labels.to(args.device)
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
-    if args.batch_size % processes:
-        raise UsageError(f"--batch-size {args.batch_size}: no multiple of {processes} processes")
+    if args.batch_size % world_size:
+        raise UsageError(f"--batch-size {args.batch_size}: no multiple of {world_size} processes")
     gan = build_gan(args)
     done = 0
     rows = []
@@ -271,7 +271,7 @@ def train(args):
         if rank == 0:
             save_outputs(gan, rows, epoch, args)
             save_checkpoint(gan, rows, len(images), args)  # last: it vouches for the rest
-    if processes > 1:
+    if world_size > 1:
         distributed.destroy_process_group()
     if rank == 0:
         save_animation(args.output_dir, rows[-1]["epoch"])
@@ -284,12 +284,12 @@ def mirror_half(images):
     return torch.where(kept, images, images.flip(3))
 
 
-def torchrun():
+def dist_info():
     """Return this process's rank and the number of processes, 0 and 1 if torchrun started none."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_processes(args):
+def init_distributed(args):
     """Let torchrun's processes find each other, once the data is on the disk."""
     local_rank = int(os.environ["LOCAL_RANK"])
     if args.device.startswith("cuda"):
@@ -400,7 +400,7 @@ def load_images(folder):
 
 @torch.no_grad()
 def sample(generator, labels):
-    """Generate images of labels (n,), (n, 3, 32, 32) in [0, 1]; torch.manual_seed governs which."""
+    """Turn labels (n,) into images (n, 3, 32, 32) in [0, 1]; torch.manual_seed governs which."""
     device = next(generator.parameters()).device
     noise = torch.randn(len(labels), generator.latent_dim).to(device)  # the same on any device
     labels = torch.as_tensor(labels, device=device)
@@ -420,6 +420,8 @@ def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     saved = load_file(path)
     with explain(f"{path} holds no generator of {SCRIPT}.py"):
+        if saved["classes"] != CLASSES:
+            raise ValueError("other classes")
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
@@ -450,7 +452,7 @@ def generate(args):
 
 SCRIPT = Path(__file__).stem
 MAX_FRAMES = 60
-NAME_WIDTH = 100  # pixels, of the column of class names beside a grid
+NAME_WIDTH = 100  # pixels for class names beside a grid: about 12 letters
 
 
 class UsageError(Exception):
@@ -536,8 +538,8 @@ def save_animation(folder, last_epoch):
     frames = []
     for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
-        # what Pillow raises for damaged files
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
+        # damaged files raise nearly anything
+        with contextlib.suppress(Exception), Image.open(path) as picture:
             frames.append(picture.copy())
     durations = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_open(folder / "samples.gif") as file:
@@ -568,8 +570,9 @@ def plot_losses(rows, folder):
 
 
 def save_weights(generator, path):
-    """Save a generator as load_generator reads it: its sizes and its weights."""
+    """Save a generator as load_generator reads it: its classes, its sizes and its weights."""
     saved = {
+        "classes": CLASSES,
         "latent_dim": generator.latent_dim,
         "width": generator.width,
         "generator": generator.state_dict(),
@@ -712,8 +715,7 @@ def parse_args(argv):
         parser.error("--generate: at most 100 of each class without --label")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser sends strings alone through their flags' types
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
+        parser.set_defaults(**settings)
         args = parser.parse_args(argv)
         for name in FIXED:
             if getattr(args, name) != settings[name]:
@@ -742,7 +744,8 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write(
-            "stopped; --resume goes on after the last finished epoch, if any", file=sys.stderr
+            "stopped; --resume with the same flags goes on after the last finished epoch, if any",
+            file=sys.stderr,
         )
         sys.exit(130)
 

@@ -2,9 +2,9 @@
 """DCGAN on MNIST: convolutional networks that learn to generate handwritten digits.
 
 Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional Generative
-Adversarial Networks", arXiv:1511.06434. Not the paper's: narrower networks, normal noise, ten kinds
-of image that it chooses from, a 3x3 convolution near the end of both networks, a hidden layer over
-the whole image before the discriminator's logit, batches of 64, a learning rate of 1e-3, and
+Adversarial Networks", arXiv:1511.06434. Different here: narrower networks, normal noise that
+chooses one of ten kinds of image, a 3x3 convolution near the end of both networks, a hidden layer
+over the whole image before the discriminator's logit, batches of 64, a learning rate of 1e-3, and
 samples from an average of the generator's weights.
 
     python dcgan_mnist.py --epochs 50              train; everything goes to outputs/dcgan_mnist
@@ -135,7 +135,7 @@ class GAN:
         self.bf16 = bf16
 
     def step(self, real):
-        """Train on real images (n, 1, 28, 28) in [-1, 1]; return loss_d and loss_g, (2,)."""
+        """Train on real images (n, 1, 28, 28) in [-1, 1]; return loss_d, loss_g: (2,)."""
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -159,7 +159,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self, weight):
-        """Move the averaged weights by `weight`, 0 to 1, of the way to the generator's."""
+        """Set each averaged weight w to (1 - weight) * w + weight * the generator's."""
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, live in parameters:
             average.lerp_(live.detach(), weight)
@@ -197,17 +197,17 @@ def train_epoch(gan, images, epoch, seconds_before, args):
     logged = 0  # batches
     # disable=None: no bar in a log file
     progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=None)
-    for batch, indices in enumerate(progress, 1):
-        step = (epoch - 1) * len(batches) + batch
+    for i, indices in enumerate(progress, 1):
+        step = (epoch - 1) * len(batches) + i
         real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real))
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
-        if batch % args.log_every == 0 or batch == len(batches):
+        if i % args.log_every == 0 or i == len(batches):
             rows.append(make_row(epoch, step, losses[logged:], start))
             check_finite(gan, rows[-1])
-            logged = batch
-        if batch % args.log_every == 0:
+            logged = i
+        if i % args.log_every == 0:
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
@@ -337,6 +337,8 @@ def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     saved = load_file(path)
     with explain(f"{path} holds no generator of {SCRIPT}.py"):
+        if "classes" in saved:
+            raise ValueError("a conditional one")
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
@@ -434,8 +436,8 @@ def save_animation(folder, last_epoch):
     frames = []
     for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
-        # what Pillow raises for damaged files
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
+        # damaged files raise nearly anything
+        with contextlib.suppress(Exception), Image.open(path) as picture:
             frames.append(picture.copy())
     durations = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_open(folder / "samples.gif") as file:
@@ -589,8 +591,7 @@ def parse_args(argv):
         parser.error("--weights is for --generate")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser sends strings alone through their flags' types
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
+        parser.set_defaults(**settings)
         args = parser.parse_args(argv)
         for name in FIXED:
             if getattr(args, name) != settings[name]:
@@ -619,7 +620,8 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write(
-            "stopped; --resume goes on after the last finished epoch, if any", file=sys.stderr
+            "stopped; --resume with the same flags goes on after the last finished epoch, if any",
+            file=sys.stderr,
         )
         sys.exit(130)
 

@@ -8,9 +8,9 @@ answer 1 for its images: its gradient comes through the discriminator, and shows
 what would look more real. It never sees a real image itself. As one gets better, the other has to;
 neither loss goes to zero, and the pictures, not the losses, say how far they are.
 
-Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661. Not the paper's: ten
-kinds of image that the noise chooses from, BatchNorm, LeakyReLU, Adam, and samples from an average
-of the generator's weights.
+Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661. Different
+here: noise that chooses one of ten kinds of image, BatchNorm, LeakyReLU, Adam, and samples from an
+average of the generator's weights.
 
     python mlp_gan_mnist.py --epochs 25              train; everything goes to outputs/mlp_gan_mnist
     python mlp_gan_mnist.py --epochs 50 --resume     go on with that run, up to 50 epochs in all
@@ -130,7 +130,7 @@ class GAN:
         self.bf16 = bf16
 
     def step(self, real):
-        """Train on real images (n, 1, 28, 28) in [-1, 1]; return loss_d and loss_g, (2,)."""
+        """Train on real images (n, 1, 28, 28) in [-1, 1]; return loss_d, loss_g: (2,)."""
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -154,7 +154,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self, weight):
-        """Move the averaged weights by `weight`, 0 to 1, of the way to the generator's."""
+        """Set each averaged weight w to (1 - weight) * w + weight * the generator's."""
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, live in parameters:
             average.lerp_(live.detach(), weight)
@@ -192,17 +192,17 @@ def train_epoch(gan, images, epoch, seconds_before, args):
     logged = 0  # batches
     # disable=None: no bar in a log file
     progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=None)
-    for batch, indices in enumerate(progress, 1):
-        step = (epoch - 1) * len(batches) + batch
+    for i, indices in enumerate(progress, 1):
+        step = (epoch - 1) * len(batches) + i
         real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real))
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
-        if batch % args.log_every == 0 or batch == len(batches):
+        if i % args.log_every == 0 or i == len(batches):
             rows.append(make_row(epoch, step, losses[logged:], start))
             check_finite(gan, rows[-1])
-            logged = batch
-        if batch % args.log_every == 0:
+            logged = i
+        if i % args.log_every == 0:
             report_step(rows[-1])
     seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
@@ -332,6 +332,8 @@ def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     saved = load_file(path)
     with explain(f"{path} holds no generator of {SCRIPT}.py"):
+        if "classes" in saved:
+            raise ValueError("a conditional one")
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
@@ -429,8 +431,8 @@ def save_animation(folder, last_epoch):
     frames = []
     for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
-        # what Pillow raises for damaged files
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
+        # damaged files raise nearly anything
+        with contextlib.suppress(Exception), Image.open(path) as picture:
             frames.append(picture.copy())
     durations = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_open(folder / "samples.gif") as file:
@@ -584,8 +586,7 @@ def parse_args(argv):
         parser.error("--weights is for --generate")
     if args.resume:
         settings = load_settings(args.output_dir)
-        # as text: of defaults, the parser sends strings alone through their flags' types
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
+        parser.set_defaults(**settings)
         args = parser.parse_args(argv)
         for name in FIXED:
             if getattr(args, name) != settings[name]:
@@ -614,7 +615,8 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write(
-            "stopped; --resume goes on after the last finished epoch, if any", file=sys.stderr
+            "stopped; --resume with the same flags goes on after the last finished epoch, if any",
+            file=sys.stderr,
         )
         sys.exit(130)
 
