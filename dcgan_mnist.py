@@ -591,7 +591,8 @@ def parse_args(argv):
         parser.error("--weights is for --generate")
     if args.resume:
         settings = load_settings(args.output_dir)
-        parser.set_defaults(**settings)
+        # as text, since argparse checks only defaults that are strings
+        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
         args = parser.parse_args(argv)
         for name in FIXED:
             if getattr(args, name) != settings[name]:

@@ -8,9 +8,9 @@ answer 1 for its images: its gradient comes through the discriminator, and shows
 what would look more real. It never sees a real image itself. As one gets better, the other has to;
 neither loss goes to zero, and the pictures, not the losses, say how far they are.
 
-Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661. Different
-here: noise that chooses one of ten kinds of image, BatchNorm, LeakyReLU, Adam, and samples from an
-average of the generator's weights.
+Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661. Different here: noise
+that chooses one of ten kinds of image, BatchNorm, LeakyReLU, Adam, and samples from an average of
+the generator's weights.
 
     python mlp_gan_mnist.py --epochs 25              train; everything goes to outputs/mlp_gan_mnist
     python mlp_gan_mnist.py --epochs 50 --resume     go on with that run, up to 50 epochs in all
@@ -586,7 +586,8 @@ def parse_args(argv):
         parser.error("--weights is for --generate")
     if args.resume:
         settings = load_settings(args.output_dir)
-        parser.set_defaults(**settings)
+        # as text, since argparse checks only defaults that are strings
+        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
         args = parser.parse_args(argv)
         for name in FIXED:
             if getattr(args, name) != settings[name]:

@@ -406,7 +406,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(script, run, data, tmp_path
     run(*flags, "--output-dir", tmp_path / "whole")
     spy(script.GAN, "step", ctrl_c_at(6))  # the last step of epoch 3 of 4
     line = refused(*flags, status=130)
-    assert line.startswith("stopped; --resume with the same flags goes on")
+    promise = "--resume with the same flags goes on after the last finished epoch, if any"
+    assert line == f"stopped; {promise}"
     folders = ["--data-dir", str(data), "--output-dir", str(tmp_path / "out")]
     script.main([*folders, "--device", "cpu", "--resume"])
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "out"))
@@ -610,6 +611,7 @@ def test_files_that_hold_no_run_are_refused(run, tmp_path, refused):
         {"images": 60_000},
         {"settings": {"seed": 0}},
         {"settings": {**saved["settings"], "log_every": "x"}},
+        {"settings": {**saved["settings"], "log_every": 0}},
         {"gan": {**saved["gan"], "optimizer_d": {}}},
     ]
     for number, change in enumerate(nonsense):
