@@ -37,6 +37,10 @@ from tqdm import tqdm
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
+# torchrun tells each of its processes its number, and how many there are
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
 # ---- networks
 
 
@@ -97,14 +101,14 @@ class Discriminator(nn.Module):
 
 
 def pick(logits, labels):
-    """Return (n,): of each row of logits (n, classes), the one at its label (n,)."""
+    """Return each image's logit for its label: (n,), from logits (n, classes), labels (n,)."""
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def augment(images, max_shift=4, noise=0.1):
     """Return images (n, C, H, W) as the discriminator sees them: shifted at random, with noise.
 
-    The shift, one for the whole batch, keeps it from learning real images by heart
+    The shift, one for the whole batch, keeps the discriminator from learning real images by heart
     (arXiv:2006.10738); the noise hides fine grain from it (arXiv:1610.04490).
     """
     shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()  # pixels down and to the right
@@ -122,7 +126,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return -mean log D(real) - mean log(1 - D(fake)), D the sigmoid of the logits (n,), (m,)."""
+    """Return -mean log D(real) - mean log(1 - D(fake)), where D is sigmoid of logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -159,7 +163,7 @@ class GAN:
         wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
         autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
 
-        # discriminator: 1 for real images, 0 for the generator's and under wrong labels
+        # discriminator: 1 for real images, 0 for the generator's and real ones under wrong labels
         with autocast:
             fake = self.generator(noise, labels)
             real_logits = self.discriminator(augment(real))
@@ -172,7 +176,7 @@ class GAN:
         average_gradients(self.discriminator)
         self.optimizer_d.step()
 
-        # generator: 1 for the same images, from the discriminator as it is now
+        # generator: the updated discriminator should answer 1 for the same images
         with autocast:
             fake_logits = self.discriminator(augment(fake))
         loss_g = generator_loss(pick(fake_logits, labels))
@@ -190,11 +194,9 @@ class GAN:
 
     def update_statistics(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
-        device = next(self.average.parameters()).device
-        self.average.train()
+        self.average.train()  # so that BatchNorm collects them
         for _ in range(batches):
-            noise = torch.randn(batch_size, self.average.latent_dim, device=device)
-            self.average(noise, torch.randint(len(CLASSES), (batch_size,), device=device))
+            sample(self.average, torch.randint(len(CLASSES), (batch_size,)))
         self.average.eval()
 
     def state_dict(self):
@@ -203,77 +205,75 @@ class GAN:
 
     def load_state_dict(self, state):
         """Load a state_dict, but keep this GAN's learning rate."""
-        lr = self.optimizer_g.param_groups[0]["lr"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer_g.param_groups + self.optimizer_d.param_groups:
-            group["lr"] = lr
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"]
 
 
 def train_epoch(gan, images, labels, epoch, seconds_before, args):
     """Train on every full batch once and print how it goes; return rows for losses.csv."""
     start = time.perf_counter() - seconds_before  # as if training had never paused
-    rank, world_size = dist_info()
     n_images = len(images) // args.batch_size * args.batch_size  # full batches
     order = torch.randperm(len(images), device=images.device)[:n_images]
-    if world_size > 1:  # the order is common; from here on, each draws random numbers of its own
-        torch.manual_seed(torch.randint(2**32, (world_size,))[rank].item())
+    if WORLD_SIZE > 1:  # all share the order; from here on, each draws random numbers of its own
+        torch.manual_seed(torch.randint(2**32, (WORLD_SIZE,))[RANK].item())
     batches = order.split(args.batch_size)
     rows = []
     losses = []
     logged = 0  # batches
-    hidden = True if rank > 0 else None  # None: no bar in a log file
+    hidden = True if RANK > 0 else None  # None: no bar in a log file
     progress = tqdm(batches, f"Epoch {epoch}/{args.epochs}", leave=False, disable=hidden)
     for i, indices in enumerate(progress, 1):
         step = (epoch - 1) * len(batches) + i
-        indices = indices[rank::world_size]
+        indices = indices[RANK::WORLD_SIZE]
         real = mirror_half(images[indices] / 127.5 - 1)  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real, labels[indices]))
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
         if i % args.log_every == 0 or i == len(batches):
-            rows.append(make_row(epoch, step, losses[logged:], start))
-            check_finite(gan, rows[-1])
+            row = make_row(epoch, step, losses[logged:], start)
+            check_finite(gan, row)
+            rows.append(row)
             logged = i
-        if i % args.log_every == 0 and rank == 0:
-            report_step(rows[-1])
-    seconds = rows[-1]["seconds"] - seconds_before
+        if i % args.log_every == 0 and RANK == 0:
+            report_step(row)
+    seconds = row["seconds"] - seconds_before
     means = mean_losses(losses)
-    if rank == 0:
+    if RANK == 0:
         report_epoch(epoch, args.epochs, means, seconds, n_images)
-    gan.update_statistics(args.batch_size // world_size)
+    gan.update_statistics(args.batch_size // WORLD_SIZE)
     return rows
 
 
 def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
-    rank, world_size = dist_info()
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         init_distributed(args)
     images, labels = load_images(args.data_dir)
     images = images.to(args.device)  # all of them, as bytes: no DataLoader
     labels = labels.to(args.device)
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
-    if args.batch_size % world_size:
-        raise UsageError(f"--batch-size {args.batch_size}: no multiple of {world_size} processes")
+    if args.batch_size % WORLD_SIZE:
+        raise UsageError(f"--batch-size {args.batch_size}: no multiple of {WORLD_SIZE} processes")
     gan = build_gan(args)
     done = 0
     rows = []
     if args.resume:
         done, rows = load_checkpoint(gan, len(images), args)
-    if rank == 0:
+    if RANK == 0:
         start_outputs(gan, images, labels, rows, done, args)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
         seconds_before = rows[-1]["seconds"] if rows else 0.0
         rows += train_epoch(gan, images, labels, epoch, seconds_before, args)
-        if rank == 0:
+        if RANK == 0:
             save_outputs(gan, rows, epoch, args)
-            save_checkpoint(gan, rows, len(images), args)  # last: it vouches for the rest
-    if world_size > 1:
+            save_checkpoint(gan, rows, len(images), args)  # last: it marks the epoch as finished
+    if WORLD_SIZE > 1:
         distributed.destroy_process_group()
-    if rank == 0:
+    if RANK == 0:
         save_animation(args.output_dir, rows[-1]["epoch"])
         print(f"Finished: all is in {args.output_dir}; --generate generates more")
 
@@ -282,11 +282,6 @@ def mirror_half(images):
     """Return images (n, C, H, W), each mirrored with probability 0.5."""
     kept = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(kept, images, images.flip(3))
-
-
-def dist_info():
-    """Return this process's rank and the number of processes, 0 and 1 if torchrun started none."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def init_distributed(args):
@@ -302,12 +297,17 @@ def init_distributed(args):
     distributed.barrier()
 
 
+def average_over_processes(tensor):
+    """Set a tensor to its mean over torchrun's processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+        tensor /= distributed.get_world_size()
+
+
 def average_gradients(network):
     """Give all of torchrun's processes the mean of their gradients."""
-    if distributed.is_initialized():
-        for parameter in network.parameters():
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= distributed.get_world_size()
+    for parameter in network.parameters():
+        average_over_processes(parameter.grad)
 
 
 def build_gan(args):
@@ -327,8 +327,7 @@ def build_gan(args):
 def bf16_is_fast(device):
     """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = torch.cpu.get_capabilities()
     # in Intel's CPUs without AMX, AVX-512's bf16 was measured to be slower than fp32
     avx512 = cpu.get("avx512_bf16", False) and cpu.get("cpu_name", "").startswith("AMD")
@@ -338,9 +337,7 @@ def bf16_is_fast(device):
 def mean_losses(losses):
     """Return the means of losses [(2,), ...] over torchrun's processes, as floats."""
     mean = torch.stack(losses).mean(dim=0)
-    if distributed.is_initialized():
-        distributed.all_reduce(mean)
-        mean /= distributed.get_world_size()
+    average_over_processes(mean)
     return mean.tolist()
 
 
@@ -461,7 +458,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def explain(message):
-    """Turn any error inside the block, as damaged files raise, into one line of `message`."""
+    """Raise any error in the block as a UsageError of one line: `message` and that error."""
     try:
         yield
     except Exception as error:
@@ -471,19 +468,18 @@ def explain(message):
 
 @contextlib.contextmanager
 def atomic_open(path):
-    """Yield a file in memory; then move it to `path` so that the old or the new one is whole."""
+    """Yield a file in memory; then move it to `path`, which never holds half a file."""
     content = io.BytesIO()
     yield content
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error})") from error
+        with explain(f"can't write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -513,7 +509,7 @@ def save_outputs(gan, rows, epoch, args):
 
 
 def save_grid(path, images, columns, names=()):
-    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size; `names`: of its rows."""
+    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, `names` beside its rows."""
     images = F.interpolate(images.cpu(), scale_factor=2)
     margin = NAME_WIDTH if names else 0
     grid = F.pad(make_grid(images, columns, pad_value=0.5), (margin, 0), value=1.0)
@@ -534,9 +530,9 @@ def save_samples(generator, path, seed):
 
 def save_animation(folder, last_epoch):
     """Save samples.gif of at most MAX_FRAMES sample grids, leaving out any that can't be read."""
-    count = min(last_epoch + 1, MAX_FRAMES)
+    epochs = torch.linspace(0, last_epoch, MAX_FRAMES).round().int().unique()
     frames = []
-    for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
+    for epoch in epochs.tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
         # damaged files raise nearly anything
         with contextlib.suppress(Exception), Image.open(path) as picture:
@@ -590,19 +586,11 @@ def save_checkpoint(gan, rows, n_images, args):
 
 
 def load_file(path):
-    """Return what torch.save wrote to `path`; no code that a stranger's file may hold is run."""
+    """Return what torch.save wrote to `path`, but run no code hidden in it."""
     if not os.path.exists(path):
         raise UsageError(f"there is no {path}; `python {SCRIPT}.py` trains a generator")
     with explain(f"{path} can't be read"):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_settings(folder):
-    """Return the settings of the run in `folder`, by name."""
-    path = folder / "checkpoint.pt"
-    saved = load_file(path)
-    with explain(f"{path} holds no run of {SCRIPT}.py"):
-        return {name: saved["settings"][name] for name in SETTINGS}
 
 
 def load_checkpoint(gan, n_images, args):
@@ -713,16 +701,18 @@ def parse_args(argv):
         parser.error("--label and --weights are for --generate")
     if args.generate and args.generate > 100 and args.label is None:
         parser.error("--generate: at most 100 of each class without --label")
+    path = args.output_dir / "checkpoint.pt"
     if args.resume:
-        settings = load_settings(args.output_dir)
-        # as text, since argparse checks only defaults that are strings
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
-        args = parser.parse_args(argv)
+        saved = load_file(path)
+        with explain(f"{path} holds no run of {SCRIPT}.py"):
+            settings = {name: saved["settings"][name] for name in SETTINGS}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        args = parser.parse_args(argv, parser.parse_args(flags))
         for name in FIXED:
             if getattr(args, name) != settings[name]:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag}: the run to resume has {settings[name]}")
-    elif not args.generate and os.path.exists(args.output_dir / "checkpoint.pt"):
+    elif not args.generate and os.path.exists(path):
         raise UsageError(
             f"{args.output_dir} holds a run: go on with --resume, name another --output-dir, "
             "or delete it yourself"
@@ -745,7 +735,7 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write(
-            "stopped; --resume with the same flags goes on after the last finished epoch, if any",
+            "stopped; a run goes on after its last finished epoch with --resume and the same flags",
             file=sys.stderr,
         )
         sys.exit(130)

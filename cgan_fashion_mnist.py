@@ -80,7 +80,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            # a hidden layer, 7x7 to 1x1; for Linear, channels_last would have to be undone
+            # fully connected, 7x7 to 1x1; nn.Linear would first need channels_last undone
             nn.Conv2d(4 * width, 4 * width, 7),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(4 * width, len(CLASSES), 1),
@@ -92,7 +92,7 @@ class Discriminator(nn.Module):
 
 
 def pick(logits, labels):
-    """Return (n,): of each row of logits (n, classes), the one at its label (n,)."""
+    """Return each image's logit for its label: (n,), from logits (n, classes), labels (n,)."""
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
@@ -106,7 +106,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return -mean log D(real) - mean log(1 - D(fake)), D the sigmoid of the logits (n,), (m,)."""
+    """Return -mean log D(real) - mean log(1 - D(fake)), where D is sigmoid of logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -143,7 +143,7 @@ class GAN:
         wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
         autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
 
-        # discriminator: 1 for real images, 0 for the generator's and under wrong labels
+        # discriminator: 1 for real images, 0 for the generator's and real ones under wrong labels
         with autocast:
             fake = self.generator(noise, labels)
             real_logits = self.discriminator(real)
@@ -154,7 +154,7 @@ class GAN:
         loss_d.backward()
         self.optimizer_d.step()
 
-        # generator: 1 for the same images, from the discriminator as it is now
+        # generator: the updated discriminator should answer 1 for the same images
         with autocast:
             fake_logits = self.discriminator(fake)
         loss_g = generator_loss(pick(fake_logits, labels))
@@ -171,11 +171,9 @@ class GAN:
 
     def update_statistics(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
-        device = next(self.average.parameters()).device
-        self.average.train()
+        self.average.train()  # so that BatchNorm collects them
         for _ in range(batches):
-            noise = torch.randn(batch_size, self.average.latent_dim, device=device)
-            self.average(noise, torch.randint(len(CLASSES), (batch_size,), device=device))
+            sample(self.average, torch.randint(len(CLASSES), (batch_size,)))
         self.average.eval()
 
     def state_dict(self):
@@ -184,11 +182,10 @@ class GAN:
 
     def load_state_dict(self, state):
         """Load a state_dict, but keep this GAN's learning rate."""
-        lr = self.optimizer_g.param_groups[0]["lr"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer_g.param_groups + self.optimizer_d.param_groups:
-            group["lr"] = lr
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"]
 
 
 def train_epoch(gan, images, labels, epoch, seconds_before, args):
@@ -209,12 +206,13 @@ def train_epoch(gan, images, labels, epoch, seconds_before, args):
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
         if i % args.log_every == 0 or i == len(batches):
-            rows.append(make_row(epoch, step, losses[logged:], start))
-            check_finite(gan, rows[-1])
+            row = make_row(epoch, step, losses[logged:], start)
+            check_finite(gan, row)
+            rows.append(row)
             logged = i
         if i % args.log_every == 0:
-            report_step(rows[-1])
-    seconds = rows[-1]["seconds"] - seconds_before
+            report_step(row)
+    seconds = row["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
     gan.update_statistics(args.batch_size)
     return rows
@@ -238,7 +236,7 @@ def train(args):
         seconds_before = rows[-1]["seconds"] if rows else 0.0
         rows += train_epoch(gan, images, labels, epoch, seconds_before, args)
         save_outputs(gan, rows, epoch, args)
-        save_checkpoint(gan, rows, len(images), args)  # last: it vouches for the rest
+        save_checkpoint(gan, rows, len(images), args)  # last: it marks the epoch as finished
     save_animation(args.output_dir, rows[-1]["epoch"])
     print(f"Finished: all is in {args.output_dir}; --generate generates more")
 
@@ -260,8 +258,7 @@ def build_gan(args):
 def bf16_is_fast(device):
     """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = torch.cpu.get_capabilities()
     # in Intel's CPUs without AMX, AVX-512's bf16 was measured to be slower than fp32
     avx512 = cpu.get("avx512_bf16", False) and cpu.get("cpu_name", "").startswith("AMD")
@@ -394,7 +391,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def explain(message):
-    """Turn any error inside the block, as damaged files raise, into one line of `message`."""
+    """Raise any error in the block as a UsageError of one line: `message` and that error."""
     try:
         yield
     except Exception as error:
@@ -404,19 +401,18 @@ def explain(message):
 
 @contextlib.contextmanager
 def atomic_open(path):
-    """Yield a file in memory; then move it to `path` so that the old or the new one is whole."""
+    """Yield a file in memory; then move it to `path`, which never holds half a file."""
     content = io.BytesIO()
     yield content
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error})") from error
+        with explain(f"can't write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -446,7 +442,7 @@ def save_outputs(gan, rows, epoch, args):
 
 
 def save_grid(path, images, columns, names=()):
-    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size; `names`: of its rows."""
+    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, `names` beside its rows."""
     images = F.interpolate(images.cpu(), scale_factor=2)
     margin = NAME_WIDTH if names else 0
     grid = F.pad(make_grid(images, columns, pad_value=0.5), (margin, 0), value=1.0)
@@ -467,9 +463,9 @@ def save_samples(generator, path, seed):
 
 def save_animation(folder, last_epoch):
     """Save samples.gif of at most MAX_FRAMES sample grids, leaving out any that can't be read."""
-    count = min(last_epoch + 1, MAX_FRAMES)
+    epochs = torch.linspace(0, last_epoch, MAX_FRAMES).round().int().unique()
     frames = []
-    for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
+    for epoch in epochs.tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
         # damaged files raise nearly anything
         with contextlib.suppress(Exception), Image.open(path) as picture:
@@ -523,19 +519,11 @@ def save_checkpoint(gan, rows, n_images, args):
 
 
 def load_file(path):
-    """Return what torch.save wrote to `path`; no code that a stranger's file may hold is run."""
+    """Return what torch.save wrote to `path`, but run no code hidden in it."""
     if not os.path.exists(path):
         raise UsageError(f"there is no {path}; `python {SCRIPT}.py` trains a generator")
     with explain(f"{path} can't be read"):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_settings(folder):
-    """Return the settings of the run in `folder`, by name."""
-    path = folder / "checkpoint.pt"
-    saved = load_file(path)
-    with explain(f"{path} holds no run of {SCRIPT}.py"):
-        return {name: saved["settings"][name] for name in SETTINGS}
 
 
 def load_checkpoint(gan, n_images, args):
@@ -645,16 +633,18 @@ def parse_args(argv):
         parser.error("--label and --weights are for --generate")
     if args.generate and args.generate > 100 and args.label is None:
         parser.error("--generate: at most 100 of each class without --label")
+    path = args.output_dir / "checkpoint.pt"
     if args.resume:
-        settings = load_settings(args.output_dir)
-        # as text, since argparse checks only defaults that are strings
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
-        args = parser.parse_args(argv)
+        saved = load_file(path)
+        with explain(f"{path} holds no run of {SCRIPT}.py"):
+            settings = {name: saved["settings"][name] for name in SETTINGS}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        args = parser.parse_args(argv, parser.parse_args(flags))
         for name in FIXED:
             if getattr(args, name) != settings[name]:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag}: the run to resume has {settings[name]}")
-    elif not args.generate and os.path.exists(args.output_dir / "checkpoint.pt"):
+    elif not args.generate and os.path.exists(path):
         raise UsageError(
             f"{args.output_dir} holds a run: go on with --resume, name another --output-dir, "
             "or delete it yourself"
@@ -677,7 +667,7 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write(
-            "stopped; --resume with the same flags goes on after the last finished epoch, if any",
+            "stopped; a run goes on after its last finished epoch with --resume and the same flags",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -40,8 +40,8 @@ KINDS = 10  # as many as there are digits; no labels are used
 class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) into images (n, 1, 28, 28) in [-1, 1].
 
-    The largest of the noise's first ten values chooses one of ten kinds of image. From noise alone,
-    a network, being continuous, makes shapes between digits, too (arXiv:1806.00880).
+    The largest of the noise's first ten values chooses one of ten kinds of image. A network is
+    continuous: from noise alone it also makes shapes between two digits (arXiv:1806.00880).
     """
 
     def __init__(self, latent_dim=100, width=32):
@@ -67,7 +67,7 @@ class Generator(nn.Module):
     def forward(self, noise):
         kinds = noise[:, :KINDS].argmax(dim=1)
         one_hot = F.one_hot(kinds, KINDS)
-        # as strong as the noise: no loss asks for a kind, and a weak one would hardly be used
+        # as strong as the noise: no loss rewards a kind, and a weak one would hardly be used
         return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            # a hidden layer, 7x7 to 1x1; for Linear, channels_last would have to be undone
+            # fully connected, 7x7 to 1x1; nn.Linear would first need channels_last undone
             nn.Conv2d(4 * width, 4 * width, 7),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(4 * width, 1, 1),
@@ -106,7 +106,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return -mean log D(real) - mean log(1 - D(fake)), D the sigmoid of the logits (n,), (m,)."""
+    """Return -mean log D(real) - mean log(1 - D(fake)), where D is sigmoid of logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -149,7 +149,7 @@ class GAN:
         loss_d.backward()
         self.optimizer_d.step()
 
-        # generator: 1 for the same images, from the discriminator as it is now
+        # generator: the updated discriminator should answer 1 for the same images
         with autocast:
             fake_logits = self.discriminator(fake)
         loss_g = generator_loss(fake_logits)
@@ -166,11 +166,9 @@ class GAN:
 
     def update_statistics(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
-        device = next(self.average.parameters()).device
-        self.average.train()
+        self.average.train()  # so that BatchNorm collects them
         for _ in range(batches):
-            noise = torch.randn(batch_size, self.average.latent_dim, device=device)
-            self.average(noise)
+            sample(self.average, batch_size)
         self.average.eval()
 
     def state_dict(self):
@@ -179,11 +177,10 @@ class GAN:
 
     def load_state_dict(self, state):
         """Load a state_dict, but keep this GAN's learning rate."""
-        lr = self.optimizer_g.param_groups[0]["lr"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer_g.param_groups + self.optimizer_d.param_groups:
-            group["lr"] = lr
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"]
 
 
 def train_epoch(gan, images, epoch, seconds_before, args):
@@ -204,12 +201,13 @@ def train_epoch(gan, images, epoch, seconds_before, args):
         gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
 
         if i % args.log_every == 0 or i == len(batches):
-            rows.append(make_row(epoch, step, losses[logged:], start))
-            check_finite(gan, rows[-1])
+            row = make_row(epoch, step, losses[logged:], start)
+            check_finite(gan, row)
+            rows.append(row)
             logged = i
         if i % args.log_every == 0:
-            report_step(rows[-1])
-    seconds = rows[-1]["seconds"] - seconds_before
+            report_step(row)
+    seconds = row["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
     gan.update_statistics(args.batch_size)
     return rows
@@ -217,8 +215,7 @@ def train_epoch(gan, images, epoch, seconds_before, args):
 
 def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
-    images = load_images(args.data_dir)
-    images = images.to(args.device)  # all of them, as bytes: no DataLoader
+    images = load_images(args.data_dir).to(args.device)  # all of them, as bytes: no DataLoader
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
     gan = build_gan(args)
@@ -232,7 +229,7 @@ def train(args):
         seconds_before = rows[-1]["seconds"] if rows else 0.0
         rows += train_epoch(gan, images, epoch, seconds_before, args)
         save_outputs(gan, rows, epoch, args)
-        save_checkpoint(gan, rows, len(images), args)  # last: it vouches for the rest
+        save_checkpoint(gan, rows, len(images), args)  # last: it marks the epoch as finished
     save_animation(args.output_dir, rows[-1]["epoch"])
     print(f"Finished: all is in {args.output_dir}; --generate generates more")
 
@@ -254,8 +251,7 @@ def build_gan(args):
 def bf16_is_fast(device):
     """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = torch.cpu.get_capabilities()
     # in Intel's CPUs without AMX, AVX-512's bf16 was measured to be slower than fp32
     avx512 = cpu.get("avx512_bf16", False) and cpu.get("cpu_name", "").startswith("AMD")
@@ -368,7 +364,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def explain(message):
-    """Turn any error inside the block, as damaged files raise, into one line of `message`."""
+    """Raise any error in the block as a UsageError of one line: `message` and that error."""
     try:
         yield
     except Exception as error:
@@ -378,19 +374,18 @@ def explain(message):
 
 @contextlib.contextmanager
 def atomic_open(path):
-    """Yield a file in memory; then move it to `path` so that the old or the new one is whole."""
+    """Yield a file in memory; then move it to `path`, which never holds half a file."""
     content = io.BytesIO()
     yield content
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error})") from error
+        with explain(f"can't write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -432,9 +427,9 @@ def save_samples(generator, path, seed):
 
 def save_animation(folder, last_epoch):
     """Save samples.gif of at most MAX_FRAMES sample grids, leaving out any that can't be read."""
-    count = min(last_epoch + 1, MAX_FRAMES)
+    epochs = torch.linspace(0, last_epoch, MAX_FRAMES).round().int().unique()
     frames = []
-    for epoch in torch.linspace(0, last_epoch, count).round().int().tolist():
+    for epoch in epochs.tolist():
         path = folder / f"samples/epoch_{epoch:04}.png"
         # damaged files raise nearly anything
         with contextlib.suppress(Exception), Image.open(path) as picture:
@@ -487,19 +482,11 @@ def save_checkpoint(gan, rows, n_images, args):
 
 
 def load_file(path):
-    """Return what torch.save wrote to `path`; no code that a stranger's file may hold is run."""
+    """Return what torch.save wrote to `path`, but run no code hidden in it."""
     if not os.path.exists(path):
         raise UsageError(f"there is no {path}; `python {SCRIPT}.py` trains a generator")
     with explain(f"{path} can't be read"):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_settings(folder):
-    """Return the settings of the run in `folder`, by name."""
-    path = folder / "checkpoint.pt"
-    saved = load_file(path)
-    with explain(f"{path} holds no run of {SCRIPT}.py"):
-        return {name: saved["settings"][name] for name in SETTINGS}
 
 
 def load_checkpoint(gan, n_images, args):
@@ -589,16 +576,18 @@ def parse_args(argv):
         parser.error("--generate and --resume exclude each other")
     if args.weights and not args.generate:
         parser.error("--weights is for --generate")
+    path = args.output_dir / "checkpoint.pt"
     if args.resume:
-        settings = load_settings(args.output_dir)
-        # as text, since argparse checks only defaults that are strings
-        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
-        args = parser.parse_args(argv)
+        saved = load_file(path)
+        with explain(f"{path} holds no run of {SCRIPT}.py"):
+            settings = {name: saved["settings"][name] for name in SETTINGS}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        args = parser.parse_args(argv, parser.parse_args(flags))
         for name in FIXED:
             if getattr(args, name) != settings[name]:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag}: the run to resume has {settings[name]}")
-    elif not args.generate and os.path.exists(args.output_dir / "checkpoint.pt"):
+    elif not args.generate and os.path.exists(path):
         raise UsageError(
             f"{args.output_dir} holds a run: go on with --resume, name another --output-dir, "
             "or delete it yourself"
@@ -621,7 +610,7 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         tqdm.write(
-            "stopped; --resume with the same flags goes on after the last finished epoch, if any",
+            "stopped; a run goes on after its last finished epoch with --resume and the same flags",
             file=sys.stderr,
         )
         sys.exit(130)
