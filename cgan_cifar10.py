@@ -56,16 +56,16 @@ class Generator(nn.Module):
             nn.Linear(latent_dim + len(CLASSES), 8 * width * 4 * 4, bias=False),
             nn.Unflatten(1, (8 * width, 4, 4)),
             nn.BatchNorm2d(8 * width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.ConvTranspose2d(8 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 8x8
             nn.BatchNorm2d(4 * width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 16x16
             nn.BatchNorm2d(2 * width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # 32x32
             nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(width, 3, 3, padding=1),
             nn.Tanh(),
         )
@@ -82,16 +82,16 @@ class Discriminator(nn.Module):
         super().__init__()
         self.network = nn.Sequential(
             nn.Conv2d(3, width, 4, stride=2, padding=1),  # 16x16
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),  # 8x8
             nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 4x4
             nn.BatchNorm2d(4 * width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 8 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(8 * width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(8 * width, len(CLASSES), 4),  # 1x1
         )
 

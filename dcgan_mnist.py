@@ -53,13 +53,13 @@ class Generator(nn.Module):
             nn.Linear(latent_dim + KINDS, 4 * width * 7 * 7, bias=False),
             nn.Unflatten(1, (4 * width, 7, 7)),
             nn.BatchNorm2d(4 * width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 14x14
             nn.BatchNorm2d(2 * width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # 28x28
             nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(width, 1, 3, padding=1),
             nn.Tanh(),
         )
@@ -78,16 +78,16 @@ class Discriminator(nn.Module):
         super().__init__()
         self.network = nn.Sequential(
             nn.Conv2d(1, width, 4, stride=2, padding=1),  # 14x14
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),  # 7x7
             nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(4 * width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             # fully connected, 7x7 to 1x1; nn.Linear would first need channels_last undone
             nn.Conv2d(4 * width, 4 * width, 7),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 1, 1),
         )
 

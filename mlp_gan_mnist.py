@@ -56,10 +56,10 @@ class Generator(nn.Module):
         self.network = nn.Sequential(
             nn.Linear(latent_dim + KINDS, width, bias=False),
             nn.BatchNorm1d(width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(width, 2 * width, bias=False),
             nn.BatchNorm1d(2 * width),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(2 * width, 28 * 28),
             nn.Tanh(),
             nn.Unflatten(1, (1, 28, 28)),
@@ -80,9 +80,9 @@ class Discriminator(nn.Module):
         self.network = nn.Sequential(
             nn.Flatten(),
             nn.Linear(28 * 28, 2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Linear(2 * width, width),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             nn.Linear(width, 1),
         )
 
