@@ -106,7 +106,7 @@ def initialize_weights(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Return -mean log D(real) - mean log(1 - D(fake)), where D is sigmoid of logits (n,), (m,)."""
+    """Return -mean log D(real) - mean log(1 - D(fake)); D is the sigmoid of logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
