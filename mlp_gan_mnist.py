@@ -9,8 +9,8 @@ what would look more real. It never sees a real image itself. As one gets better
 neither loss goes to zero, and the pictures, not the losses, say how far they are.
 
 Goodfellow et al. 2014, "Generative Adversarial Networks", arXiv:1406.2661. Different here: noise
-that chooses one of ten kinds of image, BatchNorm, LeakyReLU, Adam, and samples from an average of
-the generator's weights.
+that chooses one of ten kinds of image, BatchNorm, LeakyReLU instead of maxout with dropout, Adam,
+and samples from an average of the generator's weights.
 
     python mlp_gan_mnist.py --epochs 25              train; everything goes to outputs/mlp_gan_mnist
     python mlp_gan_mnist.py --epochs 50 --resume     go on with that run, up to 50 epochs in all
@@ -68,7 +68,7 @@ class Generator(nn.Module):
     def forward(self, noise):
         kinds = noise[:, :KINDS].argmax(dim=1)
         one_hot = F.one_hot(kinds, KINDS)
-        # as strong as the noise: no loss rewards a kind, and a weak one would hardly be used
+        # as long as the noise vector: no loss asks for kinds, and weak ones would hardly be used
         return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
@@ -88,7 +88,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         logits = self.network(images).view(len(images))
-        return logits.float()  # bf16 is too coarse for the loss
+        return logits.float()  # under autocast they are bf16: too coarse for the loss
 
 
 def initialize_weights(layer):
@@ -97,7 +97,7 @@ def initialize_weights(layer):
         nn.init.normal_(layer.weight, 0.0, 0.02)
 
 
-# ---- losses: arXiv:1406.2661, on logits, as a sigmoid rounded to 0 or 1 has no gradient
+# ---- losses: arXiv:1406.2661, of logits: a sigmoid that rounds to 0 or 1 passes no gradient
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -138,7 +138,7 @@ class GAN:
         with autocast:
             fake = self.generator(noise)
             real_logits = self.discriminator(real)
-            fake_logits = self.discriminator(fake.detach())
+            fake_logits = self.discriminator(fake.detach())  # not to train the generator
         loss_d = discriminator_loss(real_logits, fake_logits)
         self.optimizer_d.zero_grad()
         loss_d.backward()
@@ -193,7 +193,7 @@ def train_epoch(gan, images, epoch, seconds_before, args):
         step = (epoch - 1) * len(batches) + i
         real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
         losses.append(gan.step(real))
-        gan.update_average(weight=10 / (step + 10))  # mostly of the latest tenth of steps
+        gan.update_average(weight=10 / (step + 10))  # the average: mostly of the latest tenth
 
         if i % args.log_every == 0 or i == len(batches):
             row = make_row(epoch, step, losses[logged:], start)
@@ -202,7 +202,7 @@ def train_epoch(gan, images, epoch, seconds_before, args):
             logged = i
         if i % args.log_every == 0:
             report_step(row)
-    seconds = row["seconds"] - seconds_before
+    seconds = rows[-1]["seconds"] - seconds_before
     report_epoch(epoch, args.epochs, mean_losses(losses), seconds, n_images)
     gan.update_statistics(args.batch_size)
     return rows
@@ -223,8 +223,8 @@ def train(args):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
         seconds_before = rows[-1]["seconds"] if rows else 0.0
         rows += train_epoch(gan, images, epoch, seconds_before, args)
+        save_checkpoint(gan, rows, len(images), args)  # first: --resume makes outputs again
         save_outputs(gan, rows, epoch, args)
-        save_checkpoint(gan, rows, len(images), args)  # last: it marks the epoch as finished
     save_animation(args.output_dir, rows[-1]["epoch"])
     print(f"Finished: all is in {args.output_dir}; --generate generates more")
 
@@ -387,7 +387,7 @@ def atomic_open(path):
 
 
 def start_outputs(gan, images, rows, done, args):
-    """Print the setup; save real images and, again, the last finished epoch's outputs."""
+    """Print the setup; save real images and, should they be missing, the last epoch's outputs."""
     precision = "bf16" if gan.bf16 else "fp32"
     print(f"{args.device}, {precision}, {len(images)} images, to {args.output_dir}", flush=True)
     save_grid(args.output_dir / "real.png", images[:64] / 255, columns=8)
@@ -577,7 +577,7 @@ def parse_args(argv):
         with explain(f"{path} holds no run of {SCRIPT}.py"):
             settings = {name: saved["settings"][name] for name in SETTINGS}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        args = parser.parse_args(argv, parser.parse_args(flags))
+        args = parser.parse_args(argv, namespace=parser.parse_args(flags))
         for name in FIXED:
             if getattr(args, name) != settings[name]:
                 flag = name.replace("_", "-")
@@ -587,7 +587,7 @@ def parse_args(argv):
             f"{args.output_dir} holds a run: go on with --resume, name another --output-dir, "
             "or delete it yourself"
         )
-    with explain(f"--device {args.device} can't be used"):
+    with explain(f"can't compute on --device {args.device}; any computer has --device cpu"):
         torch.zeros(1, device=args.device).item()
     return args
 

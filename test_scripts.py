@@ -454,6 +454,16 @@ def test_a_finished_run_resumed_makes_missing_and_damaged_files_again(run, tmp_p
         assert Image.open(out / "samples.gif").n_frames == 2
 
 
+def test_an_output_that_cannot_be_written_costs_no_epoch(script, run, tmp_path, refused, spy):
+    blocked = tmp_path / "out/losses.csv"
+    blocked.mkdir(parents=True)
+    assert str(blocked) in refused()
+    blocked.rmdir()
+    steps = spy(script.GAN, "step")
+    run("--resume")
+    assert not steps and blocked.exists()
+
+
 def test_a_full_disk_leaves_the_old_file_whole(script, tmp_path, monkeypatch):
     def full(descriptor):
         assert os.fstat(descriptor).st_size == 3  # all of it was written
@@ -541,18 +551,19 @@ def test_two_processes_train_one_gan(script, run, data, tmp_path):
 @cifar_only
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), (None, "nccl"), ("cuda:0", "nccl")])
 def test_each_process_has_a_card_of_its_own(script, monkeypatch, device, backend):
-    started = Mock()
+    started, waited = Mock(), Mock()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", Mock())
     monkeypatch.setattr(script.distributed, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(script.distributed, "barrier", Mock())
+    monkeypatch.setattr(script.distributed, "barrier", waited)
     monkeypatch.setattr(script.distributed, "init_process_group", started)
     args = script.make_parser().parse_args(["--device", device] if device else [])
     assert args.device == (device or "cuda:1")
     script.init_distributed(args)
     assert args.device == (device if device == "cpu" else "cuda:1")
     assert started.call_args.args == (backend,)
+    assert waited.call_args.kwargs["device_ids"] == (None if device == "cpu" else [1])
 
 
 # ---- files from strangers
