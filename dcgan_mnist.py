@@ -528,43 +528,34 @@ def make_parser():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     integer = between(int, 1, 9999)
 
-    def add(group, flag, convert, default, text):
-        text = f"{text} (default: %(default)s)"
-        group.add_argument(flag, type=convert, default=default, help=text)
+    def add(group, flag, text, **options):
+        if "default" in options:
+            text += " (default: %(default)s)"
+        group.add_argument(flag, help=text, **options)
 
     training = parser.add_argument_group("training")
-    add(training, "--epochs", integer, 50, "passes over the training images")
-    add(training, "--batch-size", between(int, 2, 10**6), 64, "images in a step")
+    add(training, "--epochs", "passes over the training images", type=integer, default=50)
+    add(training, "--batch-size", "images in a step", type=between(int, 2, 10**6), default=64)
     # the DCGAN paper has batches of 128 and lr 2e-4; here 1e-3 was better than 5e-4 from the start
-    add(training, "--lr", between(float, 1e-9, 1), 1e-3, "Adam's learning rate")
-    add(training, "--beta1", between(float, 0, 0.9999), 0.5, "Adam's beta1")
-    add(training, "--latent-dim", integer, 100, "noise values of an image")
-    add(training, "--seed", between(int, 0, MAX_SEED), 0, "random seed")
-    add(training, "--device", str, device, "cpu, cuda, cuda:1, mps (untried)")
-    training.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="of the arithmetic; auto: bf16 where it is fast (default: %(default)s)",
-    )
-    add(training, "--width", integer, 32, "channels of the narrowest layer")
-    training.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder"
-    )
+    add(training, "--lr", "Adam's learning rate", type=between(float, 1e-9, 1), default=1e-3)
+    add(training, "--beta1", "Adam's beta1", type=between(float, 0, 0.9999), default=0.5)
+    add(training, "--latent-dim", "noise values of an image", type=integer, default=100)
+    add(training, "--seed", "random seed", type=between(int, 0, MAX_SEED), default=0)
+    add(training, "--device", "cpu, cuda, cuda:1, mps (untried)", default=device)
+    precisions = ["auto", "fp32", "bf16"]
+    add(training, "--precision", "auto: bf16 where it is fast", choices=precisions, default="auto")
+    add(training, "--width", "channels of the narrowest layer", type=integer, default=32)
+    add(training, "--resume", "go on with the run in the output folder", action="store_true")
 
     files = parser.add_argument_group("files")
-    add(files, "--data-dir", Path, "data", "where downloads go")
-    add(files, "--output-dir", Path, f"outputs/{SCRIPT}", "where everything else goes")
-    add(files, "--log-every", between(int, 1, 10**9), 500, "steps between loss lines")
-    add(files, "--save-every", integer, 10, "epochs between kept weights")
+    add(files, "--data-dir", "where downloads go", type=Path, default="data")
+    add(files, "--output-dir", "where everything else goes", type=Path, default=f"outputs/{SCRIPT}")
+    add(files, "--log-every", "steps between loss lines", type=between(int, 1, 10**9), default=500)
+    add(files, "--save-every", "epochs between kept weights", type=integer, default=10)
 
-    generating = parser.add_argument_group("generating")
-    generating.add_argument(
-        "--generate", type=between(int, 1, 1000), metavar="N", help="generate N images; don't train"
-    )
-    generating.add_argument(
-        "--weights", type=Path, help="the generator to use (default: the output folder's)"
-    )
+    generating = parser.add_argument_group("generating, in place of training")
+    add(generating, "--generate", "N images", type=between(int, 1, 1000), metavar="N")
+    add(generating, "--weights", "the generator's file (default: the output folder's)", type=Path)
     return parser
 
 
