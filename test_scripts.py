@@ -356,7 +356,8 @@ def test_generate_makes_what_the_shipped_weights_hold(script, run, tmp_path, cap
         script.save_grid(tmp_path / "expected.png", images, 2)
         assert picture.read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert images.shape == random_batch(script, 4)[0].shape
-    assert images.min() >= 0 and images.max() <= 1 and images.std(dim=0).mean() > 0.05
+    assert 0 <= images.min() < 0.1 and 0.9 < images.max() <= 1  # all of the scale
+    assert images.std(dim=0).mean() > 0.05
     assert images.dtype == torch.float32 and not images.requires_grad
 
 
