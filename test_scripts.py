@@ -434,6 +434,8 @@ def test_a_run_resumes_exactly(script, run, data, tmp_path, refused, spy, capsys
         (out / "samples/epoch_0001.png").write_bytes(content)
         script.save_animation(out, last_epoch=3)
         assert Image.open(out / "samples.gif").n_frames == 3
+    run("--resume")  # a damaged grid doesn't stop it
+    assert Image.open(out / "samples.gif").n_frames == 3
     monkeypatch.setattr(script, "MAX_FRAMES", 2)
     script.save_animation(out, last_epoch=3)
     assert Image.open(out / "samples.gif").n_frames == 2
