@@ -2,9 +2,9 @@
 """Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator generates it.
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
-here: a discriminator with a logit for each class (arXiv:1802.05637) instead of the label as an
-input, real images under wrong labels as fakes (arXiv:1605.05396), shifts and noise on all that the
-discriminator sees (arXiv:2006.10738, arXiv:1610.04490), and samples from an average of the
+here: a discriminator with a logit for each class (compare arXiv:1802.05637) instead of the label as
+an input, real images under wrong labels as fakes (arXiv:1605.05396), shifts and noise on all that
+the discriminator sees (arXiv:2006.10738, arXiv:1610.04490), and samples from an average of the
 generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
@@ -146,6 +146,9 @@ class GAN:
     PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
     def __init__(self, generator, discriminator, lr=5e-4, beta1=0.5, bf16=False):
+        # for faster convolutions; and a loaded optimizer's state must have its weights' layout
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
         self.generator = generator
         self.discriminator = discriminator
@@ -157,7 +160,8 @@ class GAN:
     def step(self, real, labels):
         """Train on real images (n, 3, 32, 32) in [-1, 1], labels (n,); return loss_d, loss_g: (2,).
 
-        Each real image also counts as fake under a random wrong label: arXiv:1605.05396.
+        Each real image also counts as fake under a random wrong label: arXiv:1605.05396. In a
+        process group, gradients are averaged: start all processes with the same weights.
         """
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
@@ -299,7 +303,7 @@ def init_distributed(args):
 
 def average_over_processes(tensor):
     """Set a tensor to its mean over torchrun's processes."""
-    if distributed.is_initialized():
+    if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(tensor)
         tensor /= distributed.get_world_size()
 
@@ -317,7 +321,7 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
+        network.to(args.device)
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
         bf16 = bf16_is_fast(torch.device(args.device))

@@ -3,8 +3,8 @@
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with
 convolutional networks as in arXiv:1511.06434. Different here: a discriminator with a logit for each
-class (arXiv:1802.05637) instead of the label as an input, real images under wrong labels as fakes
-(arXiv:1605.05396), and samples from an average of the generator's weights.
+class (compare arXiv:1802.05637) instead of the label as an input, real images under wrong labels as
+fakes (arXiv:1605.05396), and samples from an average of the generator's weights.
 
     python cgan_fashion_mnist.py --epochs 50             train, into outputs/cgan_fashion_mnist
     python cgan_fashion_mnist.py --epochs 80 --resume    go on with that run, up to 80 epochs in all
@@ -126,6 +126,9 @@ class GAN:
     PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
+        # for faster convolutions; and a loaded optimizer's state must have its weights' layout
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
         self.generator = generator
         self.discriminator = discriminator
@@ -248,7 +251,7 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
+        network.to(args.device)
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
         bf16 = bf16_is_fast(torch.device(args.device))

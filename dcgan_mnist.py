@@ -67,7 +67,7 @@ class Generator(nn.Module):
     def forward(self, noise):
         kinds = noise[:, :KINDS].argmax(dim=1)
         one_hot = F.one_hot(kinds, KINDS)
-        # as long as the noise vector: no loss asks for kinds, and weak ones would hardly be used
+        # scaled to the noise's norm: no loss asks for kinds, a weak signal would hardly be used
         return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
@@ -126,6 +126,9 @@ class GAN:
     PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
+        # for faster convolutions; and a loaded optimizer's state must have its weights' layout
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
         self.generator = generator
         self.discriminator = discriminator
@@ -241,7 +244,7 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
+        network.to(args.device)
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
         bf16 = bf16_is_fast(torch.device(args.device))

@@ -68,7 +68,7 @@ class Generator(nn.Module):
     def forward(self, noise):
         kinds = noise[:, :KINDS].argmax(dim=1)
         one_hot = F.one_hot(kinds, KINDS)
-        # as long as the noise vector: no loss asks for kinds, and weak ones would hardly be used
+        # scaled to the noise's norm: no loss asks for kinds, a weak signal would hardly be used
         return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
@@ -236,7 +236,7 @@ def build_gan(args):
     discriminator = Discriminator(args.width)
     for network in (generator, discriminator):
         network.apply(initialize_weights)
-        network.to(args.device, memory_format=torch.channels_last)  # for faster convolutions
+        network.to(args.device)
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
         bf16 = bf16_is_fast(torch.device(args.device))
@@ -333,8 +333,7 @@ def load_generator(path, device="cpu"):
         with torch.device("meta"):  # a wrong size in the file fails before memory is taken
             generator = Generator(saved["latent_dim"], saved["width"])
         generator.load_state_dict(saved["generator"], assign=True)
-    generator.to(device, memory_format=torch.channels_last)
-    return generator.eval()
+    return generator.to(device).eval()
 
 
 def generate(args):
