@@ -655,7 +655,8 @@ def make_parser():
         group.add_argument(flag, help=text, **options)
 
     training = parser.add_argument_group("training")
-    add(training, "--epochs", "passes over the training images", type=integer, default=50)
+    epochs = "passes over the training images; its source project has 200"
+    add(training, "--epochs", epochs, type=integer, default=50)
     add(training, "--batch-size", "images in a step", type=between(int, 2, 10**6), default=64)
     # the DCGAN paper has lr 2e-4; at 1e-3 the discriminator wins sooner than at 5e-4
     add(training, "--lr", "Adam's learning rate", type=between(float, 1e-9, 1), default=5e-4)
