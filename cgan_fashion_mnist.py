@@ -126,7 +126,7 @@ class GAN:
     PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
-        # for faster convolutions; and a loaded optimizer's state must have its weights' layout
+        # for faster convolutions; always, or fused Adam would mix up the values of a loaded state
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}

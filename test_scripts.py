@@ -584,6 +584,13 @@ def test_a_card_is_used_if_there_is_one(script, monkeypatch):
 
 
 @cifar_only
+def test_a_pytorch_without_torchrun_trains_too(script, monkeypatch):
+    monkeypatch.setattr(script.distributed, "is_available", lambda: False)
+    monkeypatch.setattr(script.distributed, "is_initialized", Mock(side_effect=AttributeError))
+    tiny_gan(script).step(*random_batch(script, 4))
+
+
+@cifar_only
 def test_a_batch_is_shared_out_evenly(script, monkeypatch, refused):
     monkeypatch.setattr(script, "WORLD_SIZE", 7)
     monkeypatch.setattr(script, "init_distributed", Mock())
