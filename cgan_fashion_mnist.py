@@ -151,7 +151,7 @@ class GAN:
             fake = self.generator(noise, labels)
             real_logits = self.discriminator(real)
             fake_logits = self.discriminator(fake.detach())  # not to train the generator
-        mislabelled = pick(real_logits, wrong)[::8]  # more: clearer, but narrower classes
+        mislabelled = pick(real_logits, wrong)[::8]  # with more, classes are clearer but narrower
         negatives = torch.cat((pick(fake_logits, labels), mislabelled))
         loss_d = discriminator_loss(pick(real_logits, labels), negatives)
         self.optimizer_d.zero_grad()

@@ -6,8 +6,8 @@
 10,000 images are generated, of a conditional script's classes equally many, and compared with the
 10,000 real test images, in the features of a small classifier that was trained on that data set. It
 puts 99.9, 97 and 94 % of 5,000 training images into their class, of 5,000 test images 99.7, 94 and
-88 % (MNIST, Fashion-MNIST, CIFAR-10).
-In brackets stand the same figures of real images: 10,000 training images, for `class` test images.
+88 % (MNIST, Fashion-MNIST, CIFAR-10). In brackets stand the same figures of real images: 10,000
+training images, for `class` test images.
 
     Fréchet distance  between both sets of features (arXiv:1706.08500 has the formula): lower is
                       better. It compares within a data set only and is no Inception FID.
