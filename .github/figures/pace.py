@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import os
 import statistics
 import sys
 import time
@@ -73,7 +74,7 @@ class PlainLoop:
 def pace(train_epoch, *args):
     """Return the images/s of one epoch."""
     start = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):  # no epoch's line
+    with contextlib.redirect_stdout(io.StringIO()):  # no loss lines
         train_epoch(*args)
     return N / (time.perf_counter() - start)
 
@@ -88,15 +89,18 @@ def main():
 
     sys.path.insert(0, str(options.script.parent))
     script = importlib.import_module(options.script.stem)
-    args = script.make_parser().parse_args([*flags, "--device", "cpu"])
+    args = script.parse_args([*flags, "--device", "cpu", "--output-dir", os.devnull])
     loaded = script.load_images(args.data_dir)
     loaded = loaded if isinstance(loaded, tuple) else (loaded,)
     data = [part[:N] for part in loaded]
-    gan = script.build_gan(args)
+    networks = [script.Generator(args.latent_dim, args.width), script.Discriminator(args.width)]
+    for network in networks:
+        network.apply(script.initialize_weights)
+    gan = script.GAN(*networks, args.lr, args.beta1, args.bf16)
     plain = PlainLoop(script, args)
     ratios = []
     for epoch in range(options.rounds + 1):
-        ours = pace(script.train_epoch, gan, *data, epoch + 1, 0.0, args)
+        ours = pace(script.train_epoch, gan, *data, epoch + 1, args)
         theirs = pace(plain.train_epoch)
         if epoch == 0:
             continue  # both were warming up
