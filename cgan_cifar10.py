@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-WRONG_WEIGHT = 2  # of wrong labels, for clearer classes
+WRONG_WEIGHT = 2  # of a wrong label beside a generated image's 1, for clearer classes
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -66,9 +66,11 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 16x16
             nn.BatchNorm2d(2 * width),
             nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # 32x32
+            nn.Conv2d(2 * width, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
+            # a transposed convolution here left a checkerboard (doi.org/10.23915/distill.00003)
+            nn.Upsample(scale_factor=2),  # 32x32
             nn.Conv2d(width, 3, 3, padding=1),
             nn.Tanh(),
         )
@@ -84,7 +86,9 @@ class Discriminator(nn.Module):
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(3, width, 4, stride=2, padding=1),  # 16x16
+            nn.Conv2d(3, width // 2, 3, padding=1),  # a stride here would hide the finest grain
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),  # 16x16
             nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),  # 8x8
             nn.BatchNorm2d(2 * width),
@@ -147,7 +151,7 @@ class GAN:
     """Both networks, their optimizers, and the averaged generator that draws the samples."""
 
     def __init__(self, generator, discriminator, lr=5e-4, beta1=0.5, bf16=False):
-        # faster convolutions; before Adam is made, as its fused kernel ignores strides
+        # for faster convolutions; before any step, as fused Adam ignores a later change of strides
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
@@ -192,7 +196,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self, step):
-        """Average the generator's weights over about the latest tenth of all steps.
+        """Average the generator's weights over about the latest tenth of the steps so far.
 
         Polynomial-decay averaging: Shamir and Zhang 2013, arXiv:1212.1824.
         """
@@ -240,16 +244,21 @@ def mirror_half(images):
     return torch.where(kept, images, images.flip(3))
 
 
-def init_distributed(data_dir):
+def launched_by_torchrun():
+    """Return whether this process is one of torchrun's."""
+    return distributed.is_available() and distributed.is_torchelastic_launched()
+
+
+def init_distributed(args):
     """Join torchrun's other processes; return this one's number and their count: 0, 1 if alone."""
-    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+    if not launched_by_torchrun():
         return 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is now a card of its own
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)  # NCCL's barrier is on the current one
     distributed.init_process_group()
     rank = distributed.get_rank()
     if rank == 0:
-        load_images(data_dir)  # downloads them before the others look for them
+        load_images(args.data_dir)  # downloads them before the others look for them
     else:
         sys.stdout = io.StringIO()  # the first process prints
     distributed.barrier()
@@ -272,7 +281,7 @@ def progress(items, title):
 def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
     folder = args.output_dir
-    rank, processes = init_distributed(args.data_dir)
+    rank, processes = init_distributed(args)
     images, labels = load_images(args.data_dir)
     share = len(images) // processes
     own = slice(rank * share, (rank + 1) * share)  # each process trains on images of its own
@@ -290,7 +299,7 @@ def train(args):
     done, history = load_checkpoint(gan, args.checkpoint) if args.resume else (0, [])
     print(f"{args.device}, {'bf16' if args.bf16 else 'fp32'}, to {folder}", flush=True)
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # once more: --generate with this seed draws the same noise
     fixed_noise = torch.randn(10, args.latent_dim)  # for every grid: one can watch images form
     first = [(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))]
     if rank == 0:
@@ -298,7 +307,7 @@ def train(args):
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        # so that a resumed run draws the same, and each process something else
+        # a resumed run draws the same, and each of (below 10) processes something else
         torch.manual_seed(10_000 * args.seed + epoch + 1000 * rank)
         history += train_epoch(gan, images, labels, epoch, args)
         if rank > 0:
@@ -453,7 +462,7 @@ PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
 def save_checkpoint(gan, epoch, history, args):
     """Save all that --resume needs."""
-    # numbers are the run's settings; paths and the device may be others next time
+    # numbers and bools are the run's settings; paths and the device may be others next time
     flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
     states = {name: getattr(gan, name).state_dict() for name in PARTS}
     checkpoint = {"flags": flags, "epoch": epoch, "history": history, **states}
@@ -462,7 +471,7 @@ def save_checkpoint(gan, epoch, history, args):
 
 def load_checkpoint(gan, checkpoint):
     """Put a checkpoint's states into `gan`; return the epochs done and the rows of losses.csv."""
-    with explain("the checkpoint is of other networks: leave out --width and --latent-dim"):
+    with explain("the checkpoint is of another script, --width or --latent-dim"):
         for name in PARTS:
             getattr(gan, name).load_state_dict(checkpoint[name])
         for optimizer in (gan.optimizer_g, gan.optimizer_d):
@@ -502,15 +511,16 @@ def make_parser():
     add = parser.add_argument
     count = between(int, 1, 10**6)
     rate = between(float, 0, 1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--epochs", type=count, default=50, help="of its source project's 200 (%(default)s)")
+    card = f"cuda:{os.environ['LOCAL_RANK']}" if launched_by_torchrun() else "cuda"
+    device = card if torch.cuda.is_available() else "cpu"
+    add("--epochs", type=count, default=50, help="passes; the source project has 200 (%(default)s)")
     two_up = between(int, 2, 10**6)  # BatchNorm needs two images
     add("--batch-size", type=two_up, default=64, help="images in a step (%(default)s)")
     # the DCGAN paper has lr 2e-4; at 1e-3 the discriminator wins sooner than at 5e-4
     add("--lr", type=rate, default=5e-4, help="Adam's learning rate (%(default)s)")
     add("--beta1", type=rate, default=0.5, help="Adam's beta1 (%(default)s)")
     add("--latent-dim", type=count, default=100, help="noise values of an image (%(default)s)")
-    # below 400,000, as 10,000 times the seed and an epoch make a number of 32 bits
+    # 10,000 times the seed plus an epoch has to fit the CPU generator's 32 bits
     add("--seed", type=between(int, 0, 400_000), default=0, help="random seed (%(default)s)")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps (%(default)s)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (where it is fast)")
@@ -520,7 +530,7 @@ def make_parser():
     add("--width", type=count, default=32, help="channels of the narrowest layer (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
-    mode.add_argument("--generate", type=count, metavar="N", help="draw N images of each class")
+    mode.add_argument("--generate", type=between(int, 1, 1001), metavar="N", help="N of each class")
     add("--label", type=find_label, help="the one class to draw: a number, name or its beginning")
     add("--weights", type=Path, help="generator for --generate (the output folder's)")
     return parser
@@ -534,13 +544,13 @@ def parse_args(argv):
         parser.error("--weights and --label go with --generate")
     if args.resume:
         path = args.output_dir / "checkpoint.pt"
-        with explain(f"{path} holds no run of {SCRIPT}.py; a new one needs an empty --output-dir"):
+        with explain(f"{path} holds no run to go on with: start one without --resume"):
             checkpoint = torch.load(path, "cpu", weights_only=True)
             parser.set_defaults(**checkpoint["flags"])
         args = parser.parse_args(argv)
         args.checkpoint = checkpoint
     elif not args.generate and any(args.output_dir.glob("*.pt")):
-        raise UsageError(f"{args.output_dir} holds a run: --resume it or name another --output-dir")
+        raise UsageError(f"{args.output_dir} holds a run's *.pt: --resume, or name another folder")
     with explain(f"can't compute on --device {args.device}"):
         device = torch.zeros(1, device=args.device).device
     if args.bf16 is None:
@@ -570,7 +580,7 @@ def main(argv=None):
     except (UsageError, OSError) as error:
         sys.exit(f"{SCRIPT}: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on after the last finished epoch of a training")
+        sys.exit("stopped; --resume goes on after the last finished epoch, if there is one")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class GAN:
     """Both networks, their optimizers, and the averaged generator that draws the samples."""
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
-        # faster convolutions; before Adam is made, as its fused kernel ignores strides
+        # for faster convolutions; before any step, as fused Adam ignores a later change of strides
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
@@ -172,7 +172,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self, step):
-        """Average the generator's weights over about the latest tenth of all steps.
+        """Average the generator's weights over about the latest tenth of the steps so far.
 
         Polynomial-decay averaging: Shamir and Zhang 2013, arXiv:1212.1824.
         """
@@ -237,7 +237,7 @@ def train(args):
     done, history = load_checkpoint(gan, args.checkpoint) if args.resume else (0, [])
     print(f"{args.device}, {'bf16' if args.bf16 else 'fp32'}, to {folder}", flush=True)
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # once more: --generate with this seed draws the same noise
     fixed_noise = torch.randn(10, args.latent_dim)  # for every grid: one can watch images form
     first = [(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))]
     save_grid(images[torch.cat(first)] / 255, folder / "real.png", CLASSES)
@@ -392,7 +392,7 @@ PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
 
 def save_checkpoint(gan, epoch, history, args):
     """Save all that --resume needs."""
-    # numbers are the run's settings; paths and the device may be others next time
+    # numbers and bools are the run's settings; paths and the device may be others next time
     flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
     states = {name: getattr(gan, name).state_dict() for name in PARTS}
     checkpoint = {"flags": flags, "epoch": epoch, "history": history, **states}
@@ -401,7 +401,7 @@ def save_checkpoint(gan, epoch, history, args):
 
 def load_checkpoint(gan, checkpoint):
     """Put a checkpoint's states into `gan`; return the epochs done and the rows of losses.csv."""
-    with explain("the checkpoint is of other networks: leave out --width and --latent-dim"):
+    with explain("the checkpoint is of another script, --width or --latent-dim"):
         for name in PARTS:
             getattr(gan, name).load_state_dict(checkpoint[name])
         for optimizer in (gan.optimizer_g, gan.optimizer_d):
@@ -449,7 +449,7 @@ def make_parser():
     add("--lr", type=rate, default=1e-3, help="Adam's learning rate (%(default)s)")
     add("--beta1", type=rate, default=0.5, help="Adam's beta1 (%(default)s)")
     add("--latent-dim", type=count, default=64, help="noise values of an image (%(default)s)")
-    # below 400,000, as 10,000 times the seed and an epoch make a number of 32 bits
+    # 10,000 times the seed plus an epoch has to fit the CPU generator's 32 bits
     add("--seed", type=between(int, 0, 400_000), default=0, help="random seed (%(default)s)")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps (%(default)s)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (where it is fast)")
@@ -459,7 +459,7 @@ def make_parser():
     add("--width", type=count, default=32, help="channels of the narrowest layer (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
-    mode.add_argument("--generate", type=count, metavar="N", help="draw N images of each class")
+    mode.add_argument("--generate", type=between(int, 1, 1001), metavar="N", help="N of each class")
     add("--label", type=find_label, help="the one class to draw: a number, name or its beginning")
     add("--weights", type=Path, help="generator for --generate (the output folder's)")
     return parser
@@ -473,13 +473,13 @@ def parse_args(argv):
         parser.error("--weights and --label go with --generate")
     if args.resume:
         path = args.output_dir / "checkpoint.pt"
-        with explain(f"{path} holds no run of {SCRIPT}.py; a new one needs an empty --output-dir"):
+        with explain(f"{path} holds no run to go on with: start one without --resume"):
             checkpoint = torch.load(path, "cpu", weights_only=True)
             parser.set_defaults(**checkpoint["flags"])
         args = parser.parse_args(argv)
         args.checkpoint = checkpoint
     elif not args.generate and any(args.output_dir.glob("*.pt")):
-        raise UsageError(f"{args.output_dir} holds a run: --resume it or name another --output-dir")
+        raise UsageError(f"{args.output_dir} holds a run's *.pt: --resume, or name another folder")
     with explain(f"can't compute on --device {args.device}"):
         device = torch.zeros(1, device=args.device).device
     if args.bf16 is None:
@@ -509,7 +509,7 @@ def main(argv=None):
     except (UsageError, OSError) as error:
         sys.exit(f"{SCRIPT}: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on after the last finished epoch of a training")
+        sys.exit("stopped; --resume goes on after the last finished epoch, if there is one")
 
 
 if __name__ == "__main__":
