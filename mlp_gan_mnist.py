@@ -418,6 +418,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.weights and not args.generate:
         parser.error("--weights goes with --generate")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parser.error("torchrun is for cgan_cifar10.py: here, each process would train alone")
     if args.resume:
         path = args.output_dir / "checkpoint.pt"
         with explain(f"{path} holds no run to go on with: start one without --resume"):

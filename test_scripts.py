@@ -445,6 +445,12 @@ def test_a_launchers_variables_alone_start_no_process_group(run, tmp_path, monke
     assert (tmp_path / "out/generator.pt").exists()
 
 
+@pytest.mark.parametrize("script", NAMES[:3], indirect=True)
+def test_torchrun_is_refused_by_the_others(refused, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "cgan_cifar10.py" in refused()
+
+
 def python(code, *flags, **variables):
     """Run code in a Python of its own, with further environment variables; return its result."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), **variables}
