@@ -307,7 +307,7 @@ def train(args):
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        # a resumed run draws the same, and each of (below 10) processes something else
+        # so that a resumed run draws the same, and each process something else
         torch.manual_seed(10_000 * args.seed + epoch + 1000 * rank)
         history += train_epoch(gan, images, labels, epoch, args)
         if rank > 0:
