@@ -8,8 +8,8 @@
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
 here: a discriminator with a logit for each class (compare arXiv:1802.05637) instead of the label as
 an input, real images under wrong labels as fakes (arXiv:1605.05396), shifts and noise on all that
-the discriminator sees (arXiv:2006.10738, arXiv:1610.04490), and samples from an average of the
-generator's weights.
+the discriminator sees (arXiv:2006.10738, arXiv:1610.04490), a last enlargement that repeats pixels,
+and samples from an average of the generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
@@ -407,10 +407,10 @@ def save_grid(images, path, names=()):
     picture = to_pil_image(grid)
     if names:
         picture = ImageOps.expand(picture, (NAME_WIDTH, 0, 0, 0), "white")
+    draw = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
         place = (NAME_WIDTH, (row + 0.5) * picture.height / len(names))
-        text = ImageDraw.Draw(picture).text
-        text(place, f"{name} ", "black", anchor="rm", font_size=NAME_SIZE)
+        draw.text(place, f"{name} ", "black", anchor="rm", font_size=NAME_SIZE)
     picture.save(path)
 
 

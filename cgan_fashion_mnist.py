@@ -337,10 +337,10 @@ def save_grid(images, path, names=()):
     picture = to_pil_image(grid)
     if names:
         picture = ImageOps.expand(picture, (NAME_WIDTH, 0, 0, 0), "white")
+    draw = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
         place = (NAME_WIDTH, (row + 0.5) * picture.height / len(names))
-        text = ImageDraw.Draw(picture).text
-        text(place, f"{name} ", "black", anchor="rm", font_size=NAME_SIZE)
+        draw.text(place, f"{name} ", "black", anchor="rm", font_size=NAME_SIZE)
     picture.save(path)
 
 
