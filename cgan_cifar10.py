@@ -7,9 +7,9 @@
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
 here: a discriminator with a logit for each class (compare arXiv:1802.05637) instead of the label as
-an input, real images under wrong labels as fakes (arXiv:1605.05396), shifts and noise on all that
-the discriminator sees (arXiv:2006.10738, arXiv:1610.04490), a last enlargement that repeats pixels,
-and samples from an average of the generator's weights.
+an input, real images under wrong labels as fakes (arXiv:1605.05396), random shifts of all that the
+discriminator sees (arXiv:2006.10738), a last enlargement that repeats pixels, and samples from an
+average of the generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
@@ -112,15 +112,14 @@ def pick(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def augment(images, max_shift=4, noise=0.1):
-    """Return images (n, C, H, W) as the discriminator sees them: shifted at random, with noise.
+def augment(images, std=2):
+    """Return images (n, C, H, W) as the discriminator sees them: shifted, by `std` pixels or so.
 
     The shift, one for the whole batch, keeps the discriminator from learning real images by heart
-    (arXiv:2006.10738); the noise hides fine grain from it (arXiv:1610.04490).
+    (arXiv:2006.10738). None is the likeliest, or generated images would be shifted, too.
     """
-    shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()  # pixels down and to the right
-    shifted = images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
-    return shifted + noise * torch.randn_like(shifted)
+    shift = (std * torch.randn(2)).round().int().tolist()  # down and to the right
+    return images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
 
 
 def initialize_weights(layer):
@@ -222,7 +221,7 @@ def train_epoch(gan, images, labels, epoch, args):
     losses = []  # since the last row
     for i, indices in enumerate(progress(batches, f"Epoch {epoch}/{args.epochs}"), 1):
         step = (epoch - 1) * steps + i
-        real = mirror_half(images[indices] / 127.5 - 1)  # to [-1, 1], as Tanh gives
+        real = mirror_half(images[indices] / 127.5 - 1)  # to [-1, 1], as the generator gives
         losses.append(gan.step(real, labels[indices]))
         gan.update_average(step)
         if i % args.log_every == 0 or i == steps:

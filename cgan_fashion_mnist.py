@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = datasets.FashionMNIST.classes  # names by label
-WRONG_EVERY = 8  # real images; with more wrong labels, classes are clearer but narrower
+WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, classes are clearer but narrower
+WRONG_STEPS = 10_000  # in which wrong labels fall from all images to that share: a faster start
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -141,10 +142,11 @@ class GAN:
         self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
         self.bf16 = bf16
 
-    def step(self, real, labels):
+    def step(self, real, labels, step):
         """Train on real images (n, 1, 28, 28) in [-1, 1], labels (n,); return loss_d, loss_g: (2,).
 
-        Some real images also count as fake, under random wrong labels: arXiv:1605.05396.
+        Real images also count as fake, under random wrong labels (arXiv:1605.05396): in the first
+        step all, later some.
         """
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
@@ -155,7 +157,8 @@ class GAN:
             fake = self.generator(noise, labels)
             real_logits = self.discriminator(real)
             fake_logits = self.discriminator(fake.detach())  # not to train the generator
-        mislabelled = pick(real_logits, wrong)[::WRONG_EVERY]
+        share = max(WRONG_SHARE, 1 - step / WRONG_STEPS)
+        mislabelled = pick(real_logits, wrong)[: int(share * len(real))]
         negatives = torch.cat((pick(fake_logits, labels), mislabelled))
         loss_d = discriminator_loss(pick(real_logits, labels), negatives)
         self.optimizer_d.zero_grad()
@@ -198,8 +201,8 @@ def train_epoch(gan, images, labels, epoch, args):
     losses = []  # since the last row
     for i, indices in enumerate(progress(batches, f"Epoch {epoch}/{args.epochs}"), 1):
         step = (epoch - 1) * steps + i
-        real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
-        losses.append(gan.step(real, labels[indices]))
+        real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
+        losses.append(gan.step(real, labels[indices], step))
         gan.update_average(step)
         if i % args.log_every == 0 or i == steps:
             loss_d, loss_g = torch.stack(losses).mean(dim=0).tolist()

@@ -181,7 +181,7 @@ def train_epoch(gan, images, epoch, args):
     losses = []  # since the last row
     for i, indices in enumerate(progress(batches, f"Epoch {epoch}/{args.epochs}"), 1):
         step = (epoch - 1) * steps + i
-        real = images[indices] / 127.5 - 1  # to [-1, 1], as Tanh gives
+        real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
         losses.append(gan.step(real))
         gan.update_average(step)
         if i % args.log_every == 0 or i == steps:
