@@ -8,13 +8,13 @@
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
 here: a discriminator with a logit for each class (compare arXiv:1802.05637) instead of the label as
 an input, real images under wrong labels as fakes (arXiv:1605.05396), random shifts of all that the
-discriminator sees (arXiv:2006.10738), a last enlargement that repeats pixels, and samples from an
+discriminator sees (arXiv:2006.10738), nearest-neighbour upsampling at the end, and samples from an
 average of the generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
     python cgan_cifar10.py --generate 25 --label horse    generate 25 horses
-    torchrun --standalone --nproc-per-node=8 cgan_cifar10.py    8 GPUs, 64 images each
+    torchrun --standalone --nproc-per-node=8 cgan_cifar10.py    8 GPUs, batches of 64 each
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-WRONG_WEIGHT = 2  # of a wrong label beside a generated image's 1, for clearer classes
+WRONG_WEIGHT = 2  # of a mislabelled image beside a generated one's 1, for clearer classes
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -86,7 +86,7 @@ class Discriminator(nn.Module):
     def __init__(self, width=32):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, padding=1),  # a stride here would hide the finest grain
+            nn.Conv2d(3, width // 2, 3, padding=1),  # a stride here would hide details
             nn.LeakyReLU(0.2),
             nn.Conv2d(width // 2, width, 4, stride=2, padding=1),  # 16x16
             nn.LeakyReLU(0.2),
@@ -115,8 +115,8 @@ def pick(logits, labels):
 def augment(images, std=2):
     """Return images (n, C, H, W) as the discriminator sees them: shifted, by `std` pixels or so.
 
-    The shift, one for the whole batch, keeps the discriminator from learning real images by heart
-    (arXiv:2006.10738). None is the likeliest, or generated images would be shifted, too.
+    The shift, one for the whole batch, keeps the discriminator from memorizing real images
+    (arXiv:2006.10738). A shift of 0 is the likeliest, or generated images would be shifted, too.
     """
     shift = (std * torch.randn(2)).round().int().tolist()  # down and to the right
     return images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
@@ -213,7 +213,7 @@ class GAN:
 
 
 def train_epoch(gan, images, labels, epoch, args):
-    """Train on every full batch once, in random order; return rows for losses.csv."""
+    """Train on the images once, in random full batches; return rows for losses.csv."""
     steps = len(images) // args.batch_size
     order = torch.randperm(len(images), device=images.device)
     batches = order.split(args.batch_size)[:steps]
@@ -249,7 +249,7 @@ def launched_by_torchrun():
 
 
 def init_distributed(args):
-    """Join torchrun's other processes; return this one's number and their count: 0, 1 if alone."""
+    """Join torchrun's other processes; return the rank and the world size: 0 and 1 without."""
     if not launched_by_torchrun():
         return 0, 1
     if args.device.startswith("cuda"):
@@ -283,8 +283,8 @@ def train(args):
     rank, processes = init_distributed(args)
     images, labels = load_images(args.data_dir)
     share = len(images) // processes
-    own = slice(rank * share, (rank + 1) * share)  # each process trains on images of its own
-    images = images[own].to(args.device)  # all of them, as bytes: no DataLoader
+    own = slice(rank, processes * share, processes)  # each process trains on images of its own
+    images = images[own].to(args.device)  # at once, as bytes: no DataLoader
     labels = labels[own].to(args.device)
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
@@ -306,7 +306,7 @@ def train(args):
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        # so that a resumed run draws the same, and each process something else
+        # so that a resumed run draws the same numbers, and each process its own
         torch.manual_seed(10_000 * args.seed + epoch + 1000 * rank)
         history += train_epoch(gan, images, labels, epoch, args)
         if rank > 0:
@@ -526,7 +526,7 @@ def make_parser():
     add("--data-dir", type=Path, default="data", help="where downloads go (%(default)s)")
     add("--output-dir", type=Path, default=f"outputs/{SCRIPT}", help="for all else (%(default)s)")
     add("--log-every", type=count, default=500, help="steps between loss lines (%(default)s)")
-    add("--width", type=count, default=32, help="channels of the narrowest layer (%(default)s)")
+    add("--width", type=two_up, default=32, help="the generator's fewest channels (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
     mode.add_argument("--generate", type=between(int, 1, 1001), metavar="N", help="N of each class")

@@ -6,7 +6,7 @@
 """Conditional DCGAN on Fashion-MNIST: name a class of clothes, and the generator generates it.
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with
-convolutional networks as in arXiv:1511.06434. Different here: a discriminator with a logit for each
+convolutional networks after arXiv:1511.06434. Different here: a discriminator with a logit for each
 class (compare arXiv:1802.05637) instead of the label as an input, some real images under wrong
 labels as fakes (arXiv:1605.05396), and samples from an average of the generator's weights.
 
@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = datasets.FashionMNIST.classes  # names by label
-WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, classes are clearer but narrower
-WRONG_STEPS = 10_000  # in which wrong labels fall from all images to that share: a faster start
+WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, clearer but less varied classes
+WRONG_STEPS = 10_000  # from 1, the share falls by 1 / WRONG_STEPS a step to that: a faster start
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -65,7 +65,7 @@ class Generator(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, 1, 3, padding=1),
-            nn.Tanh(),
+            nn.Hardtanh(),  # nn.Tanh hardly reaches the pure white that most clothes have
         )
 
     def forward(self, noise, labels):
@@ -145,8 +145,8 @@ class GAN:
     def step(self, real, labels, step):
         """Train on real images (n, 1, 28, 28) in [-1, 1], labels (n,); return loss_d, loss_g: (2,).
 
-        Real images also count as fake, under random wrong labels (arXiv:1605.05396): in the first
-        step all, later some.
+        Real images also count as fake, under random wrong labels (arXiv:1605.05396): at step 1
+        nearly all, later fewer.
         """
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
         wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
@@ -193,7 +193,7 @@ class GAN:
 
 
 def train_epoch(gan, images, labels, epoch, args):
-    """Train on every full batch once, in random order; return rows for losses.csv."""
+    """Train on the images once, in random full batches; return rows for losses.csv."""
     steps = len(images) // args.batch_size
     order = torch.randperm(len(images), device=images.device)
     batches = order.split(args.batch_size)[:steps]

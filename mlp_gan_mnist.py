@@ -173,7 +173,7 @@ class GAN:
 
 
 def train_epoch(gan, images, epoch, args):
-    """Train on every full batch once, in random order; return rows for losses.csv."""
+    """Train on the images once, in random full batches; return rows for losses.csv."""
     steps = len(images) // args.batch_size
     order = torch.randperm(len(images), device=images.device)
     batches = order.split(args.batch_size)[:steps]
