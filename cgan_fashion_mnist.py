@@ -7,8 +7,8 @@
 
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with
 convolutional networks after arXiv:1511.06434. Different here: a discriminator with a logit for each
-class (compare arXiv:1802.05637) instead of the label as an input, some real images under wrong
-labels as fakes (arXiv:1605.05396), and samples from an average of the generator's weights.
+class (compare arXiv:1802.05637) instead of the label as an input, real images under wrong labels
+as fakes (arXiv:1605.05396), and samples from an average of the generator's weights.
 
     python cgan_fashion_mnist.py --epochs 50             train, into outputs/cgan_fashion_mnist
     python cgan_fashion_mnist.py --epochs 80 --resume    go on with that run, up to 80 epochs in all
@@ -38,7 +38,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 CLASSES = datasets.FashionMNIST.classes  # names by label
 WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, clearer but less varied classes
-WRONG_STEPS = 10_000  # from 1, the share falls by 1 / WRONG_STEPS a step to that: a faster start
+WRONG_STEPS = 10_000  # the share falls from 1 by 1 / WRONG_STEPS a step: clear classes early
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
