@@ -339,9 +339,7 @@ def outcome(folder):
     """Return what a run leaves: its checkpoint but for the flags, and its other files' bytes."""
     checkpoint = load(folder / "checkpoint.pt")
     del checkpoint["flags"]
-    files = [
-        path for path in sorted(folder.rglob("*.*")) if path.suffix in (".png", ".gif", ".csv")
-    ]
+    files = sorted(path for path in folder.rglob("*.*") if path.suffix != ".pt")
     return checkpoint, {path.relative_to(folder): path.read_bytes() for path in files}
 
 
@@ -585,9 +583,8 @@ def test_judge_measures_what_it_says(monkeypatch):
 def test_readmes_commands_flags_defaults_and_links_are_real():
     parsers = {name: importlib.import_module(name).make_parser() for name in NAMES}
     docs = "".join(importlib.import_module(name).__doc__ for name in NAMES)
-    command = (
-        r"^    (?:python|uv run|torchrun [^.]*?) (\w+)\.py(.*?)(?:  |$)"  # two spaces: what it does
-    )
+    # after a command, two spaces and what it does
+    command = r"^    (?:python|uv run|torchrun [^.]*?) (\w+)\.py(.*?)(?:  |$)"
     commands = re.findall(command, README + docs, re.MULTILINE)
     defaults = re.findall(r"^\| \[\w+\]\((\w+)\.py\) \| (\d+) \| ", README, re.MULTILINE)
     assert len(commands) >= 17 and len(defaults) == 4
@@ -597,9 +594,8 @@ def test_readmes_commands_flags_defaults_and_links_are_real():
         assert parsers[name].get_default("epochs") == int(epochs)
     helps = "".join(parser.format_help() for parser in parsers.values())
     known = helps + "--index-url --standalone --nproc-per-node --with-requirements"
-    assert set(re.findall(r"--[a-z][a-z0-9-]*", README)) <= set(
-        re.findall(r"--[a-z][a-z0-9-]*", known)
-    )
+    flag = r"--[a-z][a-z0-9-]*"
+    assert set(re.findall(flag, README)) <= set(re.findall(flag, known))
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (HERE / link).exists(), link
 
@@ -618,13 +614,10 @@ def test_readmes_examples_run(data, tmp_path, monkeypatch):
 
 def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch, capsys):
     code = (HERE / "cgan_cifar10.py").read_text(encoding="utf-8")
-    classes, function = re.findall(r"```python\n(CLASSES.*?)\n\n\n(def .*?)```", README, re.DOTALL)[
-        0
-    ]
-    code = re.sub(r"^CLASSES = .*$", classes, code, flags=re.MULTILINE)
-    code = re.sub(
-        r"^def load_images.*?(?=\n\n\n)", lambda _: function.strip(), code, flags=re.M | re.S
-    )
+    recipe = re.search(r"```python\n(CLASSES.*?)\n\n\n(def .*?)\n```", README, re.DOTALL).groups()
+    replaced = (r"^CLASSES = .*?$", r"^def load_images.*?(?=\n\n\n)")
+    for pattern, text in zip(replaced, recipe, strict=True):
+        code = re.sub(pattern, text, code, flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "cgan_pets.py").write_text(code)
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -637,12 +630,8 @@ def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch, capsys):
     flags = ["--device", "cpu", "--width", "8", "--batch-size", "10", "--data-dir", "images"]
     script.main([*flags, "--epochs", "1"])
     generator = script.load_generator("outputs/cgan_pets/generator.pt")
-    assert script.sample(generator, torch.randn(2, 100), torch.tensor([0, 1])).shape == (
-        2,
-        3,
-        32,
-        32,
-    )
+    images = script.sample(generator, torch.randn(2, 100), torch.tensor([0, 1]))
+    assert images.shape == (2, 3, 32, 32)
 
     os.truncate("images/dog/3.jpg", 300)
     with pytest.raises(SystemExit, match="3.jpg"):
