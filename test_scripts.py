@@ -319,7 +319,7 @@ def test_bf16_trains_and_samples_are_of_fp32(script, run, tmp_path):
     assert script.load_generator(tmp_path / "half.pt").network[0].weight.dtype == torch.float32
 
 
-def test_a_row_is_of_its_class_and_a_column_of_one_noise(data, tmp_path):
+def test_a_row_is_of_its_class_and_a_column_of_one_noise(tmp_path):
     script = importlib.import_module("cgan_fashion_mnist")
     generator = script.load_generator(WEIGHTS / "cgan_fashion_mnist.pt")
     noise = torch.randn(2, 64)
@@ -612,7 +612,7 @@ def test_readmes_examples_run(data, tmp_path, monkeypatch):
         assert names[name].shape == (count, 1, 28, 28) and names[name].std() > 0
 
 
-def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch, capsys):
+def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch):
     code = (HERE / "cgan_cifar10.py").read_text(encoding="utf-8")
     recipe = re.search(r"```python\n(CLASSES.*?)\n\n\n(def .*?)\n```", README, re.DOTALL).groups()
     replaced = (r"^CLASSES = .*?$", r"^def load_images.*?(?=\n\n\n)")
