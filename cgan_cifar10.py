@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+LABEL_SCALE = 3  # a label's size beside the noise values' 1: classes become clear sooner
 WRONG_WEIGHT = 2  # of a mislabelled image beside a generated one's 1, for clearer classes
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
@@ -50,56 +51,58 @@ NAME_SIZE = 15  # pixels
 class Generator(nn.Module):
     """Turns normal noise (n, latent_dim) and labels (n,) into images (n, 3, 32, 32) in [-1, 1]."""
 
-    def __init__(self, latent_dim=100, width=32):
+    def __init__(self, latent_dim=100, width=16):
         super().__init__()
         self.latent_dim = latent_dim
         self.width = width
         self.network = nn.Sequential(
             # a transposed convolution over a 1x1 image is this matrix product, only slower
-            nn.Linear(latent_dim + len(CLASSES), 8 * width * 4 * 4, bias=False),
-            nn.Unflatten(1, (8 * width, 4, 4)),
+            nn.Linear(latent_dim + len(CLASSES), 16 * width * 4 * 4, bias=False),
+            nn.Unflatten(1, (16 * width, 4, 4)),
+            nn.BatchNorm2d(16 * width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(16 * width, 8 * width, 4, stride=2, padding=1, bias=False),  # 8x8
             nn.BatchNorm2d(8 * width),
             nn.ReLU(),
-            nn.ConvTranspose2d(8 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 8x8
+            nn.ConvTranspose2d(8 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 16x16
             nn.BatchNorm2d(4 * width),
             nn.ReLU(),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),  # 16x16
+            nn.Conv2d(4 * width, 2 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
             nn.ReLU(),
             # a transposed convolution here left a checkerboard (doi.org/10.23915/distill.00003)
             nn.Upsample(scale_factor=2),  # 32x32
-            nn.Conv2d(width, 3, 3, padding=1),
+            nn.Conv2d(2 * width, 3, 3, padding=1),
             nn.Tanh(),
         )
 
     def forward(self, noise, labels):
         one_hot = F.one_hot(labels, len(CLASSES))
-        return self.network(torch.cat((noise, one_hot), dim=1))
+        return self.network(torch.cat((noise, LABEL_SCALE * one_hot), dim=1))
 
 
 class Discriminator(nn.Module):
     """Turns images (n, 3, 32, 32) into logits (n, 10): above 0 for a real one of that class."""
 
-    def __init__(self, width=32):
+    def __init__(self, width=16):
         super().__init__()
+        # initialized by PyTorch: under the DCGAN paper's normal(0, 0.02), images would shrink to
+        # a hundredth before the first BatchNorm layer
         self.network = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, padding=1),  # a stride here would hide details
+            nn.Conv2d(3, width, 3, padding=1),  # a stride here would hide details
             nn.LeakyReLU(0.2),
-            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),  # 16x16
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),  # 16x16
             nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),  # 8x8
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 4x4
+            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1, bias=False),  # 8x8
             nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * width, 8 * width, 3, padding=1, bias=False),
+            nn.Conv2d(4 * width, 8 * width, 4, stride=2, padding=1, bias=False),  # 4x4
             nn.BatchNorm2d(8 * width),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(8 * width, len(CLASSES), 4),  # 1x1
+            nn.Conv2d(8 * width, 16 * width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16 * width),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(16 * width, len(CLASSES), 4),  # 1x1
         )
 
     def forward(self, images):
@@ -120,12 +123,6 @@ def augment(images, std=2):
     """
     shift = (std * torch.randn(2)).round().int().tolist()  # down and to the right
     return images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
-
-
-def initialize_weights(layer):
-    """Draw a layer's weights from normal(0, 0.02), as the DCGAN paper does; for `network.apply`."""
-    if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(layer.weight, 0.0, 0.02)
 
 
 # ---- losses: arXiv:1406.2661, of logits: a sigmoid that rounds to 0 or 1 passes no gradient
@@ -221,7 +218,7 @@ def train_epoch(gan, images, labels, epoch, args):
     losses = []  # since the last row
     for i, indices in enumerate(progress(batches, f"Epoch {epoch}/{args.epochs}"), 1):
         step = (epoch - 1) * steps + i
-        real = mirror_half(images[indices] / 127.5 - 1)  # to [-1, 1], as the generator gives
+        real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
         losses.append(gan.step(real, labels[indices]))
         gan.update_average(step)
         if i % args.log_every == 0 or i == steps:
@@ -235,12 +232,6 @@ def train_epoch(gan, images, labels, epoch, args):
             losses = []
     gan.update_bn(args.batch_size)
     return rows
-
-
-def mirror_half(images):
-    """Return images (n, C, H, W), each mirrored with probability 0.5."""
-    kept = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(kept, images, images.flip(3))
 
 
 def launched_by_torchrun():
@@ -290,10 +281,8 @@ def train(args):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
 
     torch.manual_seed(args.seed)
-    generator = Generator(args.latent_dim, args.width)
-    discriminator = Discriminator(args.width)
-    for network in (generator, discriminator):
-        network.apply(initialize_weights).to(args.device)
+    generator = Generator(args.latent_dim, args.width).to(args.device)
+    discriminator = Discriminator(args.width).to(args.device)
     gan = GAN(generator, discriminator, args.lr, args.beta1, args.bf16)
     done, history = load_checkpoint(gan, args.checkpoint) if args.resume else (0, [])
     print(f"{args.device}, {'bf16' if args.bf16 else 'fp32'}, to {folder}", flush=True)
@@ -317,7 +306,7 @@ def train(args):
         if epoch % 10 == 0:
             save_generator(gan.average, folder / f"weights/epoch_{epoch:04}.pt")
         save_checkpoint(gan, epoch, history, args)  # last: an epoch without it is trained again
-    if processes > 1:
+    if launched_by_torchrun():
         distributed.destroy_process_group()
     if rank == 0:
         save_animation(folder)
@@ -526,7 +515,7 @@ def make_parser():
     add("--data-dir", type=Path, default="data", help="where downloads go (%(default)s)")
     add("--output-dir", type=Path, default=f"outputs/{SCRIPT}", help="for all else (%(default)s)")
     add("--log-every", type=count, default=500, help="steps between loss lines (%(default)s)")
-    add("--width", type=two_up, default=32, help="the generator's fewest channels (%(default)s)")
+    add("--width", type=count, default=16, help="channels of the narrowest layer (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
     mode.add_argument("--generate", type=between(int, 1, 1001), metavar="N", help="N of each class")

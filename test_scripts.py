@@ -79,7 +79,7 @@ def run(script, data, tmp_path):
 
     def run(*flags):
         tiny = ["--device", "cpu", "--data-dir", data, "--output-dir", tmp_path / "out"]
-        tiny += ["--batch-size", 60, "--epochs", 1, "--width", 8]
+        tiny += ["--batch-size", 60, "--epochs", 1, "--width", 4]
         script.main([str(flag) for flag in (*tiny, *flags)])
 
     return run
@@ -132,7 +132,7 @@ def load(path):
 
 
 def tiny_gan(script, **options):
-    return script.GAN(script.Generator(width=8), script.Discriminator(width=8), **options)
+    return script.GAN(script.Generator(width=4), script.Discriminator(width=4), **options)
 
 
 def random_batch(script, n):
@@ -147,18 +147,18 @@ def random_batch(script, n):
 
 def test_networks_have_the_promised_shapes(script):
     real, *labels = random_batch(script, 4)
-    generator = script.Generator(latent_dim=7, width=8)
+    generator = script.Generator(latent_dim=7, width=4)
     assert generator.latent_dim == 7
     images = generator(torch.randn(4, 7), *labels)
     assert images.shape == real.shape and images.abs().max() <= 1
-    assert script.Discriminator(width=8)(real).shape == ((4, 10) if labels else (4,))
+    assert script.Discriminator(width=4)(real).shape == ((4, 10) if labels else (4,))
     samples = script.sample(generator, torch.randn(4, 7), *labels)
     assert samples.shape == real.shape and samples.min() >= 0 and not samples.requires_grad
 
 
 @pytest.mark.parametrize("script", NAMES[:2], indirect=True)
 def test_the_largest_of_the_first_ten_numbers_chooses_the_kind(script):
-    generator = script.Generator(width=8).eval()
+    generator = script.Generator(width=4).eval()
     noise = torch.zeros(10, 100).index_put((torch.arange(10), torch.arange(10)), torch.tensor(1e-6))
     images = script.sample(generator, noise)  # nearly the same noise, but ten kinds
     assert len({image.sum().item() for image in images}) == 10
@@ -232,9 +232,6 @@ def test_the_discriminator_sees_shifted_images(script):
     shifts = torch.tensor(shifts).double()
     assert shifts.std(dim=0).min() > 1.7 and shifts.std(dim=0).max() < 2.3
     assert (shifts.abs() < 2).double().mean() > 0.45  # most are small
-    images[..., 0] = 9
-    mirrored = script.mirror_half(images.repeat(50, 1, 1, 1))[:, 0, 0, -1] == 9
-    assert 60 < mirrored.sum() < 140
 
 
 # ---- a run and what it leaves
@@ -281,7 +278,7 @@ def test_an_epoch_trains_on_each_image_once(script, run, data, monkeypatch):
     run("--epochs", 2)
     real, *labels = map(torch.cat, zip(*batches[:2], strict=True))
     assert real.min() == -1 and real.max() == 1
-    assert len(real.flip(3).minimum(real).unique(dim=0)) == N  # mirrored or not
+    assert len(real.unique(dim=0)) == N
     tops = ((real[:, 0, 0, 0] + 1) * 127.5).round().long()
     images = script.load_images(data)[0] if labels else script.load_images(data)
     assert torch.equal(tops.bincount(), images[:, 0, 0, 0].bincount())
@@ -418,15 +415,14 @@ def test_two_processes_train_one_gan(run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     torchrun = "torch.distributed.run --standalone --nproc-per-node=2 worker.py --device cpu"
-    flags = "--batch-size 30 --log-every 1 --width 8 --epochs 1 --output-dir out --data-dir"
+    flags = "--batch-size 30 --log-every 1 --width 4 --epochs 1 --output-dir out --data-dir"
     command = [sys.executable, "-m", *torchrun.split(), *flags.split(), str(data)]
     printed = subprocess.check_output(command, text=True, timeout=300)
     assert printed.count("Step 1: ") == printed.count("Finished") == 1
     weights, real, random = zip(load("rank0.pt"), load("rank1.pt"), strict=True)
     assert all(map(torch.equal, *weights))
     assert not torch.equal(*random)
-    images = torch.cat(real)
-    assert len(images.flip(3).minimum(images).unique(dim=0)) == N  # half of them each
+    assert len(torch.cat(real).unique(dim=0)) == N  # half of them each
     run("--resume", "--epochs", 2)  # a checkpoint of two processes goes on in one
     assert load(tmp_path / "out/checkpoint.pt")["epoch"] == 2
 
@@ -462,8 +458,9 @@ def test_a_users_environment_stops_no_script(tmp_path):
     assert done.returncode == 0 and (tmp_path / "losses.png").exists(), done.stderr
 
 
+@pytest.mark.parametrize("script", NAMES[::3], indirect=True)
 def test_a_closed_pipe_gets_no_traceback(script, data, tmp_path):
-    flags = f"--data-dir {data} --output-dir {tmp_path}/out --width 8 --batch-size 60".split()
+    flags = f"--data-dir {data} --output-dir {tmp_path}/out --width 4 --batch-size 60".split()
     code = "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
     code += "from torchvision.datasets import cifar\n"
     code += "cifar.check_integrity = lambda path, md5: True\n"
@@ -627,7 +624,7 @@ def test_readmes_recipe_for_own_images_trains(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     script = importlib.import_module("cgan_pets")
-    flags = ["--device", "cpu", "--width", "8", "--batch-size", "10", "--data-dir", "images"]
+    flags = ["--device", "cpu", "--width", "4", "--batch-size", "10", "--data-dir", "images"]
     script.main([*flags, "--epochs", "1"])
     generator = script.load_generator("outputs/cgan_pets/generator.pt")
     images = script.sample(generator, torch.randn(2, 100), torch.tensor([0, 1]))

@@ -36,8 +36,6 @@ class PlainLoop:
         self.script = script
         self.generator = script.Generator(args.latent_dim, args.width)
         self.discriminator = script.Discriminator(args.width)
-        for network in (self.generator, self.discriminator):
-            network.apply(script.initialize_weights)
         adam = {"lr": args.lr, "betas": (args.beta1, 0.999)}
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), **adam)
@@ -94,8 +92,6 @@ def main():
     loaded = loaded if isinstance(loaded, tuple) else (loaded,)
     data = [part[:N] for part in loaded]
     networks = [script.Generator(args.latent_dim, args.width), script.Discriminator(args.width)]
-    for network in networks:
-        network.apply(script.initialize_weights)
     gan = script.GAN(*networks, args.lr, args.beta1, args.bf16)
     plain = PlainLoop(script, args)
     ratios = []
