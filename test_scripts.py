@@ -597,6 +597,16 @@ def test_readmes_commands_flags_defaults_and_links_are_real():
         assert (HERE / link).exists(), link
 
 
+@cifar_only
+def test_readmes_command_draws_its_horses(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    flags = re.search(r"cgan_cifar10.py (--generate .*)", README)[1].split()
+    script.main([*flags, "--device", "cpu", "--output-dir", str(tmp_path)])
+    paths = [*tmp_path.iterdir(), HERE / ".github/pictures/horses.png"]
+    drawn, shown = (pil_to_tensor(Image.open(path)).float() for path in paths)
+    assert (drawn - shown).abs().mean() < 1  # grey levels: sums may be rounded in other ways
+
+
 def test_readmes_examples_run(data, tmp_path, monkeypatch):
     shutil.copytree(WEIGHTS, tmp_path / ".github/weights")
     shutil.copytree(data, tmp_path / "data")
