@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-LABEL_SCALE = 3  # a label's size beside the noise values' 1: classes become clear sooner
-WRONG_WEIGHT = 2  # of a mislabelled image beside a generated one's 1, for clearer classes
+LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
+WRONG_WEIGHT = 2  # a mislabelled image counts twice, a generated one once: clearer classes
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -87,7 +87,7 @@ class Discriminator(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         # initialized by PyTorch: under the DCGAN paper's normal(0, 0.02), images would shrink to
-        # a hundredth before the first BatchNorm layer
+        # a hundredth before the first BatchNorm layer, their variance near its epsilon
         self.network = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),  # a stride here would hide details
             nn.LeakyReLU(0.2),
@@ -244,7 +244,7 @@ def init_distributed(args):
     if not launched_by_torchrun():
         return 0, 1
     if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)  # NCCL's barrier is on the current one
+        torch.cuda.set_device(args.device)  # NCCL's barrier is on the current device
     distributed.init_process_group()
     rank = distributed.get_rank()
     if rank == 0:
@@ -411,9 +411,9 @@ def save_samples(generator, noise, path):
 
 def save_animation(folder):
     """Save samples.gif of the sample grids."""
-    grids = sorted(folder.glob("samples/epoch_*.png"))
-    first, *rest = [Image.open(path).copy() for path in grids]  # copy() reads and closes the file
-    first.save(folder / "samples.gif", save_all=True, append_images=rest, duration=200, loop=0)
+    grids = map(Image.open, sorted(folder.glob("samples/epoch_*.png")))  # opened one by one
+    first = next(grids)
+    first.save(folder / "samples.gif", save_all=True, append_images=grids, duration=200, loop=0)
 
 
 def save_losses(history, folder):
@@ -501,17 +501,17 @@ def make_parser():
     rate = between(float, 0, 1)
     card = f"cuda:{os.environ['LOCAL_RANK']}" if launched_by_torchrun() else "cuda"
     device = card if torch.cuda.is_available() else "cpu"
-    add("--epochs", type=count, default=50, help="passes; the source project has 200 (%(default)s)")
-    two_up = between(int, 2, 10**6)  # BatchNorm needs two images
-    add("--batch-size", type=two_up, default=64, help="images in a step (%(default)s)")
-    # the DCGAN paper has lr 2e-4; at 1e-3 the discriminator wins sooner than at 5e-4
+    # from 30 epochs to 50, the README's distance only fell from 0.074 to 0.069
+    add("--epochs", type=count, default=50, help="passes over the training images (%(default)s)")
+    add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
+    # the DCGAN paper has batches of 128 and lr 2e-4; here 5e-4 was better than 3e-4 from the start
     add("--lr", type=rate, default=5e-4, help="Adam's learning rate (%(default)s)")
     add("--beta1", type=rate, default=0.5, help="Adam's beta1 (%(default)s)")
     add("--latent-dim", type=count, default=100, help="noise values of an image (%(default)s)")
     # 10,000 times the seed plus an epoch has to fit the CPU generator's 32 bits
     add("--seed", type=between(int, 0, 400_000), default=0, help="random seed (%(default)s)")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (where it is fast)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="use bf16 (default: where it's fast)")
     add("--data-dir", type=Path, default="data", help="where downloads go (%(default)s)")
     add("--output-dir", type=Path, default=f"outputs/{SCRIPT}", help="for all else (%(default)s)")
     add("--log-every", type=count, default=500, help="steps between loss lines (%(default)s)")

@@ -310,9 +310,9 @@ def save_grid(images, path):
 
 def save_animation(folder):
     """Save samples.gif of the sample grids."""
-    grids = sorted(folder.glob("samples/epoch_*.png"))
-    first, *rest = [Image.open(path).copy() for path in grids]  # copy() reads and closes the file
-    first.save(folder / "samples.gif", save_all=True, append_images=rest, duration=200, loop=0)
+    grids = map(Image.open, sorted(folder.glob("samples/epoch_*.png")))  # opened one by one
+    first = next(grids)
+    first.save(folder / "samples.gif", save_all=True, append_images=grids, duration=200, loop=0)
 
 
 def save_losses(history, folder):
@@ -400,7 +400,7 @@ def make_parser():
     # 10,000 times the seed plus an epoch has to fit the CPU generator's 32 bits
     add("--seed", type=between(int, 0, 400_000), default=0, help="random seed (%(default)s)")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (where it is fast)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="use bf16 (default: where it's fast)")
     add("--data-dir", type=Path, default="data", help="where downloads go (%(default)s)")
     add("--output-dir", type=Path, default=f"outputs/{SCRIPT}", help="for all else (%(default)s)")
     add("--log-every", type=count, default=500, help="steps between loss lines (%(default)s)")
