@@ -8,8 +8,8 @@
 Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
 here: a discriminator with a logit for each class (compare arXiv:1802.05637) instead of the label as
 an input, real images under wrong labels as fakes (arXiv:1605.05396), random shifts of all that the
-discriminator sees (arXiv:2006.10738), nearest-neighbour upsampling at the end, and samples from an
-average of the generator's weights.
+discriminator sees (arXiv:2006.10738), nearest-neighbour upsampling at the end, PyTorch's own
+initialization, and samples from an average of the generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
