@@ -41,7 +41,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
-WRONG_WEIGHT = 2  # a mislabelled image counts twice, a generated one once: clearer classes
+WRONG_WEIGHT = 2  # how often a mislabelled image counts as fake, for clearer classes
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -501,7 +501,7 @@ def make_parser():
     rate = between(float, 0, 1)
     card = f"cuda:{os.environ['LOCAL_RANK']}" if launched_by_torchrun() else "cuda"
     device = card if torch.cuda.is_available() else "cpu"
-    # from 30 epochs to 50, the README's distance only fell from 0.074 to 0.069
+    # after 30 epochs images hardly get better: a Frechet distance of 0.074, after 50 of 0.069
     add("--epochs", type=count, default=50, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
     # the DCGAN paper has batches of 128 and lr 2e-4; here 5e-4 was better than 3e-4 from the start
