@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision>=0.19", "matplotlib>=3.9", "tqdm>=4.66"]
+# dependencies = [
+#   "torch>=2.6", "torchvision>=0.21", "matplotlib>=3.9", "pillow>=10.1", "tqdm>=4.66"
+# ]
 # ///
 """Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator generates it.
 
@@ -27,6 +29,7 @@ import os
 import re
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,12 +37,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
 from torchvision import datasets
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+BETA2 = 0.999  # Adam's
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_WEIGHT = 2  # how often a mislabelled image counts as fake, for clearer classes
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
@@ -115,6 +118,13 @@ def pick(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
+def other_labels(labels):
+    """Return a random wrong label for each of labels (n,): (n,), or (0,) if there is one class."""
+    if len(CLASSES) == 1:
+        return labels[:0]
+    return (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
+
+
 def augment(images, std=2):
     """Return images (n, C, H, W) as the discriminator sees them: shifted, by `std` pixels or so.
 
@@ -147,16 +157,17 @@ class GAN:
     """Both networks, their optimizers, and the averaged generator that draws the samples."""
 
     def __init__(self, generator, discriminator, lr=5e-4, beta1=0.5, bf16=False):
-        # for faster convolutions; before any step, as fused Adam ignores a later change of strides
+        # for faster convolutions; before the first step, whose order in memory fused Adam relies on
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)
-        adam = {"lr": lr, "betas": (beta1, 0.999), "fused": True}
-        self.generator = generator
-        self.discriminator = discriminator
+        adam = {"lr": lr, "betas": (beta1, BETA2), "fused": True}
+        self.generator = generator.train()
+        self.discriminator = discriminator.train()
         self.average = copy.deepcopy(generator).requires_grad_(False).eval()
         self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
         self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
         self.bf16 = bf16
+        self.steps = 0
 
     def step(self, real, labels):
         """Train on real images (n, 3, 32, 32) in [-1, 1], labels (n,); return loss_d, loss_g: (2,).
@@ -164,8 +175,9 @@ class GAN:
         Real images also count as fake, under random wrong labels: arXiv:1605.05396. In a process
         group, gradients are averaged: start all processes with the same weights.
         """
+        self.steps += 1
         noise = torch.randn(len(real), self.generator.latent_dim, device=real.device)
-        wrong = (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
+        wrong = other_labels(labels)
         autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16)
 
         # discriminator: 1 for real images, 0 for the generator's and real ones under wrong labels
@@ -186,19 +198,20 @@ class GAN:
             fake_logits = self.discriminator(augment(fake))
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
-        loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's
+        loss_g.backward(inputs=list(self.generator.parameters()))  # no others are needed
         average_gradients(self.generator)
         self.optimizer_g.step()
+        self.update_average()
         return torch.stack((loss_d, loss_g)).detach()
 
-    def update_average(self, step):
+    def update_average(self):
         """Average the generator's weights over about the latest tenth of the steps so far.
 
         Polynomial-decay averaging: Shamir and Zhang 2013, arXiv:1212.1824.
         """
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
-            average.lerp_(latest.detach(), weight=10 / (step + 10))
+            average.lerp_(latest.detach(), weight=10 / (self.steps + 10))
 
     def update_bn(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
@@ -211,24 +224,21 @@ class GAN:
 
 def train_epoch(gan, images, labels, epoch, args):
     """Train on the images once, in random full batches; return rows for losses.csv."""
-    steps = len(images) // args.batch_size
     order = torch.randperm(len(images), device=images.device)
-    batches = order.split(args.batch_size)[:steps]
+    batches = order.split(args.batch_size)[: len(images) // args.batch_size]
     rows = []
     losses = []  # since the last row
     for i, indices in enumerate(progress(batches, f"Epoch {epoch}/{args.epochs}"), 1):
-        step = (epoch - 1) * steps + i
         real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
         losses.append(gan.step(real, labels[indices]))
-        gan.update_average(step)
-        if i % args.log_every == 0 or i == steps:
+        if i % args.log_every == 0 or i == len(batches):
             loss_d, loss_g = torch.stack(losses).mean(dim=0).tolist()
             if not math.isfinite(loss_d + loss_g):
-                raise UsageError(f"a loss is not finite by step {step}: lower --lr")
-            line = f"Step {step}: Generator loss: {loss_g:.3f}, discriminator loss: {loss_d:.3f}"
-            tqdm.write(line)
+                raise UsageError(f"a loss is not finite by step {gan.steps}: lower --lr")
+            line = f"Generator loss: {loss_g:.3f}, discriminator loss: {loss_d:.3f}"
+            tqdm.write(f"Step {gan.steps}: {line}")
             sys.stdout.flush()  # for whoever watches a log file
-            rows.append((step / steps, step, loss_d, loss_g))
+            rows.append((epoch - 1 + i / len(batches), gan.steps, loss_d, loss_g))
             losses = []
     gan.update_bn(args.batch_size)
     return rows
@@ -243,8 +253,6 @@ def init_distributed(args):
     """Join torchrun's other processes; return the rank and the world size: 0 and 1 without."""
     if not launched_by_torchrun():
         return 0, 1
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)  # NCCL's barrier is on the current device
     distributed.init_process_group()
     rank = distributed.get_rank()
     if rank == 0:
@@ -273,8 +281,7 @@ def train(args):
     folder = args.output_dir
     rank, processes = init_distributed(args)
     images, labels = load_images(args.data_dir)
-    share = len(images) // processes
-    own = slice(rank, processes * share, processes)  # each process trains on images of its own
+    own = slice(rank, len(images) // processes * processes, processes)  # equally many each
     images = images[own].to(args.device)  # at once, as bytes: no DataLoader
     labels = labels[own].to(args.device)
     if args.batch_size > len(images):
@@ -287,15 +294,18 @@ def train(args):
     done, history = load_checkpoint(gan, args.checkpoint) if args.resume else (0, [])
     print(f"{args.device}, {'bf16' if args.bf16 else 'fp32'}, to {folder}", flush=True)
 
-    torch.manual_seed(args.seed)  # once more: --generate with this seed draws the same noise
+    torch.manual_seed(args.seed)  # once more: --generate as many draws the last grid
     fixed_noise = torch.randn(10, args.latent_dim)  # for every grid: one can watch images form
-    first = [(labels == label).nonzero()[:10, 0] for label in range(len(CLASSES))]
+    first = [(labels == label).nonzero()[:, 0].repeat(10)[:10] for label in range(len(CLASSES))]
     if rank == 0:
-        save_grid(images[torch.cat(first)] / 255, folder / "real.png", CLASSES)
+        save_rows(images[torch.cat(first)] / 255, folder / "real.png")
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
+        save_losses(history, folder)  # before any training is lost, if matplotlib is broken
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        # so that a resumed run draws the same numbers, and each process its own
+        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would stand here
+            optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
+        # a seed for each epoch and process, so that a resumed run draws the same
         torch.manual_seed(10_000 * args.seed + epoch + 1000 * rank)
         history += train_epoch(gan, images, labels, epoch, args)
         if rank > 0:
@@ -318,10 +328,8 @@ def train(args):
 
 def load_images(folder):
     """Return CIFAR-10's training images, uint8 (50000, 3, 32, 32), and labels (50000,)."""
-    url = datasets.CIFAR10.url
-    with explain(
-        f"can't read or download CIFAR-10: delete what {folder} has of it, or put {url} there"
-    ):
+    hint = f"delete what {folder} has of it, or put {datasets.CIFAR10.url} there"
+    with explain(f"can't read or download CIFAR-10: {hint}"):
         dataset = datasets.CIFAR10(folder, download=True)
         return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
 
@@ -336,7 +344,7 @@ def sample(generator, noise, labels):
 def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     with explain(f"{path} holds no generator of {SCRIPT}.py: train one, or name one by --weights"):
-        saved = torch.load(path, device, weights_only=True)  # runs no code hidden in the file
+        saved = torch.load(path, device, weights_only=True)  # no hidden code (PyTorch 2.10)
         weights = saved.pop("generator")
         if saved.pop("classes") != CLASSES:
             raise ValueError("other classes")
@@ -348,15 +356,16 @@ def load_generator(path, device="cpu"):
 
 def generate(args):
     """Generate args.generate images of a class, or of each, into one PNG and print its path."""
-    generator = load_generator(args.weights or args.output_dir / "generator.pt", args.device)
+    weights = args.weights or args.output_dir / "generator.pt"
+    generator = load_generator(weights, args.device)
     torch.manual_seed(args.seed)
     noise = torch.randn(args.generate, generator.latent_dim)
+    path = args.output_dir / f"{weights.stem}_seed_{args.seed}.png"
     if args.label is None:
-        path = args.output_dir / f"generated_every_class_seed_{args.seed}.png"
         save_samples(generator, noise, path)
     else:
         name = re.sub(r"\W", "_", CLASSES[args.label])
-        path = args.output_dir / f"generated_{name}_seed_{args.seed}.png"
+        path = path.with_stem(f"{path.stem}_{name}")
         save_grid(sample(generator, noise, torch.full((args.generate,), args.label)), path)
     print(path)
 
@@ -387,17 +396,20 @@ def save(state, path):
         os.replace(temporary, path)
 
 
-def save_grid(images, path, names=()):
-    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, `names` beside its rows."""
+def save_grid(images, path, columns=None):
+    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, by default as a square."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = len(images) // len(names) if names else math.ceil(math.sqrt(len(images)))
-    grid = make_grid(F.interpolate(images, scale_factor=2), columns, pad_value=0.5)
-    picture = to_pil_image(grid)
-    if names:
-        picture = ImageOps.expand(picture, (NAME_WIDTH, 0, 0, 0), "white")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    save_image(F.interpolate(images, scale_factor=2), path, nrow=columns, pad_value=0.5)
+
+
+def save_rows(images, path):
+    """Save images as a grid with a row for each class, its name beside it."""
+    save_grid(images, path, len(images) // len(CLASSES))
+    picture = ImageOps.expand(Image.open(path), (NAME_WIDTH, 0, 0, 0), "white")
     draw = ImageDraw.Draw(picture)
-    for row, name in enumerate(names):
-        place = (NAME_WIDTH, (row + 0.5) * picture.height / len(names))
+    for row, name in enumerate(CLASSES):
+        place = (NAME_WIDTH, (row + 0.5) * picture.height / len(CLASSES))
         draw.text(place, f"{name} ", "black", anchor="rm", font_size=NAME_SIZE)
     picture.save(path)
 
@@ -406,7 +418,7 @@ def save_samples(generator, noise, path):
     """Save a grid with a row of generated images for each class, all rows of the same noise."""
     labels = torch.arange(len(CLASSES)).repeat_interleave(len(noise))
     images = sample(generator, noise.repeat(len(CLASSES), 1), labels)
-    save_grid(images, path, CLASSES)
+    save_rows(images, path)
 
 
 def save_animation(folder):
@@ -423,11 +435,12 @@ def save_losses(history, folder):
         writer.writerow(("epoch", "step", "discriminator_loss", "generator_loss"))
         writer.writerows(history)
 
-    os.environ.pop("MPLBACKEND", None)  # a notebook's backend, which may be missing here
+    if "inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
+        del os.environ["MPLBACKEND"]  # a notebook's, which its `!uv run` inherits but can't load
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    epochs, _, losses_d, losses_g = zip(*history, strict=True)
+    epochs, _, losses_d, losses_g = zip(*history, strict=True) if history else [()] * 4
     with style.context("default"):  # a user's style may need LaTeX
         figure = Figure(layout="constrained")
         axes = figure.add_subplot(title=SCRIPT, xlabel="epoch", ylabel="loss")
@@ -462,8 +475,7 @@ def load_checkpoint(gan, checkpoint):
     with explain("the checkpoint is of another script, --width or --latent-dim"):
         for name in PARTS:
             getattr(gan, name).load_state_dict(checkpoint[name])
-        for optimizer in (gan.optimizer_g, gan.optimizer_d):
-            optimizer.param_groups[0].update(optimizer.defaults)  # --lr and --beta1 as they are now
+        gan.steps = checkpoint["history"][-1][1]
         return checkpoint["epoch"], checkpoint["history"]
 
 
@@ -483,9 +495,14 @@ def between(convert, low, high):
 
 
 def find_label(text):
-    """Return the label that `text` means: a number, a name or the beginning of one, in any case."""
+    """Return the label that `text` means: a name, a number or a name's beginning, in any case."""
+    text = text.lower()
     names = [name.lower() for name in CLASSES]
-    found = [i for i, name in enumerate(names) if text == str(i) or name.startswith(text.lower())]
+    if text in names:
+        return names.index(text)
+    if text in map(str, range(len(CLASSES))):
+        return int(text)
+    found = [label for label, name in enumerate(names) if name.startswith(text)]
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} doesn't say which of {', '.join(CLASSES)}")
     return found[0]
@@ -499,8 +516,7 @@ def make_parser():
     add = parser.add_argument
     count = between(int, 1, 10**6)
     rate = between(float, 0, 1)
-    card = f"cuda:{os.environ['LOCAL_RANK']}" if launched_by_torchrun() else "cuda"
-    device = card if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     # after 30 epochs images hardly get better: a Frechet distance of 0.074, after 50 of 0.069
     add("--epochs", type=count, default=50, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
@@ -508,17 +524,18 @@ def make_parser():
     add("--lr", type=rate, default=5e-4, help="Adam's learning rate (%(default)s)")
     add("--beta1", type=rate, default=0.5, help="Adam's beta1 (%(default)s)")
     add("--latent-dim", type=count, default=100, help="noise values of an image (%(default)s)")
-    # 10,000 times the seed plus an epoch has to fit the CPU generator's 32 bits
+    # 10,000 times the seed, and an epoch, have to fit the CPU generator's 32 bits
     add("--seed", type=between(int, 0, 400_000), default=0, help="random seed (%(default)s)")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="use bf16 (default: where it's fast)")
+    bf16 = "compute in bf16 (default: where it's fast; with --resume, as the run began)"
+    add("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
     add("--data-dir", type=Path, default="data", help="where downloads go (%(default)s)")
     add("--output-dir", type=Path, default=f"outputs/{SCRIPT}", help="for all else (%(default)s)")
     add("--log-every", type=count, default=500, help="steps between loss lines (%(default)s)")
     add("--width", type=count, default=16, help="channels of the narrowest layer (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
-    mode.add_argument("--generate", type=between(int, 1, 1001), metavar="N", help="N of each class")
+    mode.add_argument("--generate", type=count, metavar="N", help="N of each class")
     add("--label", type=find_label, help="the one class to draw: a number, name or its beginning")
     add("--weights", type=Path, help="generator for --generate (the output folder's)")
     return parser
@@ -530,16 +547,18 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if (args.weights or args.label is not None) and not args.generate:
         parser.error("--weights and --label go with --generate")
+    path = args.output_dir / "checkpoint.pt"
     if args.resume:
-        path = args.output_dir / "checkpoint.pt"
-        with explain(f"{path} holds no run to go on with: start one without --resume"):
+        with explain(f"{path} holds no run to go on with: start one in another --output-dir"):
             checkpoint = torch.load(path, "cpu", weights_only=True)
-            parser.set_defaults(**checkpoint["flags"])
+            parser.set_defaults(**checkpoint["flags"], checkpoint=checkpoint)
         args = parser.parse_args(argv)
-        args.checkpoint = checkpoint
     elif not args.generate and any(args.output_dir.glob("*.pt")):
-        raise UsageError(f"{args.output_dir} holds a run's *.pt: --resume, or name another folder")
+        resume = "--resume, or " if path.exists() else ""
+        raise UsageError(f"{args.output_dir} holds *.pt: {resume}name another --output-dir")
     with explain(f"can't compute on --device {args.device}"):
+        if launched_by_torchrun() and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a card for each process
         device = torch.zeros(1, device=args.device).device
     if args.bf16 is None:
         args.bf16 = bf16_is_fast(device)
@@ -567,9 +586,16 @@ def main(argv=None):
             train(args)
     except (UsageError, OSError) as error:
         sys.exit(f"{SCRIPT}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on after the last finished epoch, if there is one")
+
+
+def excepthook(kind, error, traceback):
+    """Print a line for Ctrl-C and a traceback for all else, as sys.excepthook."""
+    if kind is KeyboardInterrupt:
+        print("stopped; --resume goes on after the last finished epoch, if any", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 if __name__ == "__main__":
+    sys.excepthook = excepthook  # Python still dies of SIGINT, so that a shell's loop stops, too
     main()
