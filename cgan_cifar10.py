@@ -5,13 +5,14 @@
 #   "torch>=2.6", "torchvision>=0.21", "matplotlib>=3.9", "pillow>=10.1", "tqdm>=4.66"
 # ]
 # ///
-"""Conditional DCGAN (arXiv:1511.06434) on CIFAR-10: name a class, and the generator generates it.
+"""Conditional DCGAN on CIFAR-10: name a class, and the generator generates it.
 
-Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784. Different
-here: a discriminator with a logit for each class (compare arXiv:1802.05637) instead of the label as
-an input, real images under wrong labels as fakes (arXiv:1605.05396), random shifts of all that the
-discriminator sees (arXiv:2006.10738), nearest-neighbour upsampling at the end, PyTorch's own
-initialization, and samples from an average of the generator's weights.
+Mirza and Osindero 2014, "Conditional Generative Adversarial Nets", arXiv:1411.1784, with
+convolutional networks after arXiv:1511.06434. Different here: a discriminator with a logit for each
+class (compare arXiv:1802.05637) instead of the label as an input, real images under wrong labels
+as fakes (arXiv:1605.05396), random shifts of all that the discriminator sees (arXiv:2006.10738),
+nearest-neighbour upsampling at the end, PyTorch's own initialization, and samples from an average
+of the generator's weights.
 
     python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
@@ -110,7 +111,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         logits = self.network(images).view(len(images), len(CLASSES))
-        return logits.float()  # under autocast they are bf16: too coarse for the loss
+        return logits.float()  # under autocast they are bf16: the loss is computed in fp32
 
 
 def pick(logits, labels):
@@ -157,7 +158,7 @@ class GAN:
     """Both networks, their optimizers, and the averaged generator that draws the samples."""
 
     def __init__(self, generator, discriminator, lr=5e-4, beta1=0.5, bf16=False):
-        # for faster convolutions; before the first step, whose order in memory fused Adam relies on
+        # channels_last: faster convolutions; before Adam's first step, which copies the layout
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, BETA2), "fused": True}
@@ -172,7 +173,7 @@ class GAN:
     def step(self, real, labels):
         """Train on real images (n, 3, 32, 32) in [-1, 1], labels (n,); return loss_d, loss_g: (2,).
 
-        Real images also count as fake, under random wrong labels: arXiv:1605.05396. In a process
+        Real images also count as fake, under random wrong labels (arXiv:1605.05396). In a process
         group, gradients are averaged: start all processes with the same weights.
         """
         self.steps += 1
@@ -198,7 +199,7 @@ class GAN:
             fake_logits = self.discriminator(augment(fake))
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
-        loss_g.backward(inputs=list(self.generator.parameters()))  # no others are needed
+        loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's: faster
         average_gradients(self.generator)
         self.optimizer_g.step()
         self.update_average()
@@ -282,7 +283,7 @@ def train(args):
     rank, processes = init_distributed(args)
     images, labels = load_images(args.data_dir)
     own = slice(rank, len(images) // processes * processes, processes)  # equally many each
-    images = images[own].to(args.device)  # at once, as bytes: no DataLoader
+    images = images[own].to(args.device)  # in memory, as bytes: no DataLoader
     labels = labels[own].to(args.device)
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
@@ -300,10 +301,10 @@ def train(args):
     if rank == 0:
         save_rows(images[torch.cat(first)] / 255, folder / "real.png")
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
-        save_losses(history, folder)  # before any training is lost, if matplotlib is broken
+        save_losses(history, folder)  # now: a broken matplotlib stops the run before it trains
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would stand here
+        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would go here
             optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
         # a seed for each epoch and process, so that a resumed run draws the same
         torch.manual_seed(10_000 * args.seed + epoch + 1000 * rank)
@@ -344,7 +345,7 @@ def sample(generator, noise, labels):
 def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     with explain(f"{path} holds no generator of {SCRIPT}.py: train one, or name one by --weights"):
-        saved = torch.load(path, device, weights_only=True)  # no hidden code (PyTorch 2.10)
+        saved = torch.load(path, device, weights_only=True)  # PyTorch 2.10 runs no code from it
         weights = saved.pop("generator")
         if saved.pop("classes") != CLASSES:
             raise ValueError("other classes")
@@ -535,7 +536,7 @@ def make_parser():
     add("--width", type=count, default=16, help="channels of the narrowest layer (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
-    mode.add_argument("--generate", type=count, metavar="N", help="N of each class")
+    mode.add_argument("--generate", type=count, metavar="N", help="draw N images of each class")
     add("--label", type=find_label, help="the one class to draw: a number, name or its beginning")
     add("--weights", type=Path, help="generator for --generate (the output folder's)")
     return parser
@@ -585,7 +586,8 @@ def main(argv=None):
         else:
             train(args)
     except (UsageError, OSError) as error:
-        sys.exit(f"{SCRIPT}: error: {error}")
+        # without `from None`, IPython 8 would fail to show it
+        raise SystemExit(f"{SCRIPT}: error: {error}") from None
 
 
 def excepthook(kind, error, traceback):

@@ -98,7 +98,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         logits = self.network(images).view(len(images), len(CLASSES))
-        return logits.float()  # under autocast they are bf16: too coarse for the loss
+        return logits.float()  # under autocast they are bf16: the loss is computed in fp32
 
 
 def pick(logits, labels):
@@ -141,7 +141,7 @@ class GAN:
     """Both networks, their optimizers, and the averaged generator that draws the samples."""
 
     def __init__(self, generator, discriminator, lr=1e-3, beta1=0.5, bf16=False):
-        # for faster convolutions; before the first step, whose order in memory fused Adam relies on
+        # channels_last: faster convolutions; before Adam's first step, which copies the layout
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)
         adam = {"lr": lr, "betas": (beta1, BETA2), "fused": True}
@@ -182,7 +182,7 @@ class GAN:
             fake_logits = self.discriminator(fake)
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
-        loss_g.backward(inputs=list(self.generator.parameters()))  # no others are needed
+        loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's: faster
         self.optimizer_g.step()
         self.update_average()
         return torch.stack((loss_d, loss_g)).detach()
@@ -236,7 +236,7 @@ def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
     folder = args.output_dir
     images, labels = load_images(args.data_dir)
-    images = images.to(args.device)  # all of them, as bytes: no DataLoader
+    images = images.to(args.device)  # in memory, as bytes: no DataLoader
     labels = labels.to(args.device)
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
@@ -255,10 +255,10 @@ def train(args):
     first = [(labels == label).nonzero()[:, 0].repeat(10)[:10] for label in range(len(CLASSES))]
     save_rows(images[torch.cat(first)] / 255, folder / "real.png")
     save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
-    save_losses(history, folder)  # before any training is lost, if matplotlib is broken
+    save_losses(history, folder)  # now: a broken matplotlib stops the run before it trains
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would stand here
+        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would go here
             optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
         # a seed for each epoch, so that a resumed run draws the same
         torch.manual_seed(10_000 * args.seed + epoch)
@@ -295,7 +295,7 @@ def sample(generator, noise, labels):
 def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     with explain(f"{path} holds no generator of {SCRIPT}.py: train one, or name one by --weights"):
-        saved = torch.load(path, device, weights_only=True)  # no hidden code (PyTorch 2.10)
+        saved = torch.load(path, device, weights_only=True)  # PyTorch 2.10 runs no code from it
         weights = saved.pop("generator")
         if saved.pop("classes") != CLASSES:
             raise ValueError("other classes")
@@ -485,7 +485,7 @@ def make_parser():
     add("--width", type=count, default=32, help="channels of the narrowest layer (%(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
-    mode.add_argument("--generate", type=count, metavar="N", help="N of each class")
+    mode.add_argument("--generate", type=count, metavar="N", help="draw N images of each class")
     add("--label", type=find_label, help="the one class to draw: a number, name or its beginning")
     add("--weights", type=Path, help="generator for --generate (the output folder's)")
     return parser
@@ -535,7 +535,8 @@ def main(argv=None):
         else:
             train(args)
     except (UsageError, OSError) as error:
-        sys.exit(f"{SCRIPT}: error: {error}")
+        # without `from None`, IPython 8 would fail to show it
+        raise SystemExit(f"{SCRIPT}: error: {error}") from None
 
 
 def excepthook(kind, error, traceback):

@@ -45,9 +45,9 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 BETA2 = 0.999  # Adam's
-# of generated image: they brought the Frechet distance from 0.86 to 0.24. The paper's plain
-# generator has no `+ KINDS`, and its forward is `return self.network(noise)`.
-KINDS = 10
+KINDS = 10  # of generated image: as many as there are digits; no labels are used
+# they brought the Frechet distance from 0.86 to 0.24; the paper's plain generator has no `+ KINDS`,
+# and its forward is `return self.network(noise)`
 
 # ---- networks
 
@@ -78,7 +78,7 @@ class Generator(nn.Module):
     def forward(self, noise):
         kinds = noise[:, :KINDS].argmax(dim=1)
         one_hot = F.one_hot(kinds, KINDS).to(noise.dtype)
-        # scaled to the noise's norm: no loss asks for kinds, a weak signal would hardly be used
+        # as long as the noise: a weaker signal would hardly be used, as no loss asks for kinds
         return self.network(torch.cat((noise, self.latent_dim**0.5 * one_hot), dim=1))
 
 
@@ -98,7 +98,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         logits = self.network(images).view(len(images))
-        return logits.float()  # under autocast they are bf16: too coarse for the loss
+        return logits.float()  # under autocast they are bf16: the loss is computed in fp32
 
 
 def initialize_weights(layer):
@@ -159,7 +159,7 @@ class GAN:
             fake_logits = self.discriminator(fake)
         loss_g = generator_loss(fake_logits)
         self.optimizer_g.zero_grad()
-        loss_g.backward(inputs=list(self.generator.parameters()))  # no others are needed
+        loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's: faster
         self.optimizer_g.step()
         self.update_average()
         return torch.stack((loss_d, loss_g)).detach()
@@ -211,7 +211,7 @@ def progress(items, title):
 def train(args):
     """Train from the start, or with --resume from the last finished epoch."""
     folder = args.output_dir
-    images = load_images(args.data_dir).to(args.device)  # all of them, as bytes: no DataLoader
+    images = load_images(args.data_dir).to(args.device)  # in memory, as bytes: no DataLoader
     if args.batch_size > len(images):
         raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
 
@@ -228,10 +228,10 @@ def train(args):
     fixed_noise = torch.randn(64, args.latent_dim)  # for every grid: one can watch a digit form
     save_grid(images[:64] / 255, folder / "real.png")
     save_grid(sample(gan.average, fixed_noise), folder / f"samples/epoch_{done:04}.png")
-    save_losses(history, folder)  # before any training is lost, if matplotlib is broken
+    save_losses(history, folder)  # now: a broken matplotlib stops the run before it trains
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would stand here
+        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would go here
             optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
         # a seed for each epoch, so that a resumed run draws the same
         torch.manual_seed(10_000 * args.seed + epoch)
@@ -267,7 +267,7 @@ def sample(generator, noise):
 def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     with explain(f"{path} holds no generator of {SCRIPT}.py: train one, or name one by --weights"):
-        saved = torch.load(path, device, weights_only=True)  # no hidden code (PyTorch 2.10)
+        saved = torch.load(path, device, weights_only=True)  # PyTorch 2.10 runs no code from it
         weights = saved.pop("generator")
         with torch.device("meta"):  # a wrong size in the file takes no memory
             generator = Generator(**saved)  # another script's file has other arguments
@@ -468,7 +468,8 @@ def main(argv=None):
         else:
             train(args)
     except (UsageError, OSError) as error:
-        sys.exit(f"{SCRIPT}: error: {error}")
+        # without `from None`, IPython 8 would fail to show it
+        raise SystemExit(f"{SCRIPT}: error: {error}") from None
 
 
 def excepthook(kind, error, traceback):

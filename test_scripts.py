@@ -97,6 +97,7 @@ def refused(run, capsys):
         if isinstance(stop.value.code, str):  # what Python prints, for a status of 1
             line = stop.value.code
             assert "\n" not in line and len(line) < 600
+            assert stop.value.__suppress_context__  # or IPython 8 shows an error of its own
         else:
             usage, *_, line = capsys.readouterr().err.splitlines()
             assert usage.startswith("usage: ") and stop.value.code == 2
@@ -123,15 +124,14 @@ def at_step(script, monkeypatch):
     return at_step
 
 
-def edited(name, *edits, new_name=None):
-    """Return a script with some of its text replaced, each piece of which has to be there."""
-    path = HERE / f"{name}.py"
-    code = path.read_text(encoding="utf-8")
+def edited(name, *edits):
+    """Return a script with some of its text replaced, each piece of which has to be there once."""
+    code = (HERE / f"{name}.py").read_text(encoding="utf-8")
     for old, new in edits:
         assert code.count(old) == 1, old
         code = code.replace(old, new)
     script = types.ModuleType(name)
-    script.__file__ = str(path.with_stem(new_name or name))
+    script.__file__ = f"{name}.py"
     exec(compile(code, script.__file__, "exec"), script.__dict__)
     return script
 
@@ -289,15 +289,12 @@ def test_generate_makes_what_the_shipped_weights_hold(script, run, tmp_path, cap
     assert images.std(dim=0).mean() > 0.05
     if labels:  # a row is of its class, a column of one noise
         run("--generate", 4, "--seed", seed, "--weights", path)
-        image = Image.open(capsys.readouterr().out.strip())
         cell = 2 * images.shape[-1] + 2
-        row = image.crop((100 + 2, cell + 2, 100 + 4 * cell, 2 * cell))
-        expected = Image.open(tmp_path / "expected.png")
-        for i in range(4):
-            x, y = i % 2 * cell + 2, i // 2 * cell + 2
-            one = pil_to_tensor(expected.crop((x, y, x + cell - 2, y + cell - 2))).int()
-            other = pil_to_tensor(row.crop((i * cell, 0, i * cell + cell - 2, cell - 2))).int()
-            assert (one - other).abs().max() <= 1
+        place = (100, cell, 100 + 4 * cell + 2, 2 * cell + 2)
+        row = Image.open(capsys.readouterr().out.strip()).crop(place)
+        script.save_grid(images, tmp_path / "row.png", columns=4)
+        difference = pil_to_tensor(row).int() - pil_to_tensor(Image.open(tmp_path / "row.png"))
+        assert difference.abs().max() <= 1
     half = script.sample(generator.half(), noise.half(), *labels)
     assert half.dtype == torch.float16 and (half - images).abs().mean() < 0.01
 
@@ -432,38 +429,30 @@ def python(code, *flags, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-INLINE = "module://matplotlib_inline.backend_inline"  # a notebook's, which its `!python` inherits
-
-
-def test_a_users_environment_stops_no_script(tmp_path):
-    names = ", ".join(NAMES)
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_notebooks_backend(installed, tmp_path):
+    """Where it's missing, its `!python` still runs; where it isn't, the user's plots appear."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    code = f"import sys\nsys.modules['matplotlib_inline'] = None\nimport {names}\n"
-    code += f"for script in ({names}):\n"
-    code += f"    script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
-    code += "    script.make_parser().format_help()\n"
-    done = python(code, "-OO", MPLBACKEND=INLINE, MATPLOTLIBRC=str(tmp_path))
-    assert done.returncode == 0 and (tmp_path / "losses.png").exists(), done.stderr
-
-
-@pytest.mark.parametrize("script", NAMES[:1], indirect=True)
-def test_a_notebooks_own_plots_still_appear(script, tmp_path):
     package = tmp_path / "matplotlib_inline"
-    information = tmp_path / "matplotlib_inline-0.1.7.dist-info"
-    for folder in (package, information):
-        folder.mkdir()
+    package.mkdir()
     (package / "__init__.py").touch()
     (package / "backend_inline.py").write_text("from matplotlib.backends.backend_agg import *")
+    information = tmp_path / "matplotlib_inline-0.1.7.dist-info"
+    information.mkdir()
     (information / "METADATA").write_text("Name: matplotlib-inline\nVersion: 0.1.7\n")
     entry = "[matplotlib.backend]\ninline = matplotlib_inline.backend_inline\n"
     (information / "entry_points.txt").write_text(entry)
-    code = f"import {script.SCRIPT} as script\n"
-    code += f"script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
+    names = ", ".join(NAMES)
+    found, hidden = f"sys.path.append({str(tmp_path)!r})", "sys.modules['matplotlib_inline'] = None"
+    code = f"import sys\n{found if installed else hidden}\n"
+    code += f"import {names}\nfor script in ({names}):\n"
+    code += f"    script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
+    code += "    script.make_parser().format_help()\n"
     code += "from matplotlib import pyplot\npyplot.figure()\nprint(pyplot.get_backend())"
-    path = os.pathsep.join((str(HERE), str(tmp_path)))
-    for backend, name in ((INLINE, "inline"), ("svg", "svg")):
-        done = python(code, MPLBACKEND=backend, PYTHONPATH=path)
-        assert name in done.stdout, done.stderr
+    inline = "module://matplotlib_inline.backend_inline"
+    done = python(code, "-OO", MPLBACKEND=inline, MATPLOTLIBRC=str(tmp_path))
+    assert ("inline" in done.stdout) == installed and not done.returncode, done.stderr
+    assert (tmp_path / "losses.png").exists()
 
 
 def test_a_broken_matplotlib_is_noticed_before_the_first_step(run, at_step, monkeypatch):
@@ -579,14 +568,11 @@ def test_a_label_is_a_name_a_number_or_a_beginning(script, refused, monkeypatch)
 @conditional_only
 def test_one_class_has_no_wrong_labels(script, monkeypatch):
     monkeypatch.setattr(script, "CLASSES", ["only"])
-    gan = tiny_gan(script)
-    seen = []
-    loss = script.discriminator_loss
-    monkeypatch.setattr(
-        script, "discriminator_loss", lambda *logits: seen.append(logits) or loss(*logits)
-    )
-    losses = gan.step(random_batch(script, 6)[0], torch.zeros(6, dtype=torch.long))
-    assert losses.isfinite().all() and [len(logits) for logits in seen[0]] == [6, 6]
+    loss = Mock(wraps=script.discriminator_loss)
+    monkeypatch.setattr(script, "discriminator_loss", loss)
+    tiny_gan(script).step(random_batch(script, 6)[0], torch.zeros(6, dtype=torch.long))
+    real_logits, fake_logits = loss.call_args.args
+    assert real_logits.shape == fake_logits.shape == (6,)
 
 
 def test_a_mistake_in_ones_own_code_keeps_its_traceback(script, run, monkeypatch):
@@ -608,9 +594,7 @@ def test_shared_parts_are_the_same_text():
     for name in NAMES:
         code = (HERE / f"{name}.py").read_text(encoding="utf-8")
         assert not re.search(rf"^(from|import) ({'|'.join(NAMES)})\b", code, re.MULTILINE)
-        dependencies = re.search(r"^# dependencies = (\[.*?^# \])", code, re.MULTILINE | re.DOTALL)[
-            1
-        ]
+        dependencies = re.search(r"^# dependencies = (\[.*?\])", code, re.DOTALL | re.MULTILINE)[1]
         assert ast.literal_eval(dependencies.replace("#", "")) == requirements[:-1]
         ends.add(code.rpartition("\n\n\n")[2])
         for node in ast.walk(ast.parse(code)):
@@ -618,19 +602,6 @@ def test_shared_parts_are_the_same_text():
                 text = ast.get_source_segment(code, node)
                 assert texts.setdefault(node.name, text) == text, (name, node.name)
     assert len(ends) == 1
-
-
-def test_judge_measures_what_it_says(monkeypatch):
-    monkeypatch.syspath_prepend(HERE / ".github/figures")
-    judge = importlib.import_module("judge")
-    one = torch.randn(400, 5, dtype=torch.float64)
-    assert abs(judge.frechet_distance(one, one + 3) - 5 * 3**2) < 1e-6
-    assert judge.coverage(one, one[:200]) > 0.9 and judge.coverage(one, one + 100) == 0
-    images = torch.rand(200, 1, 8, 8)
-    checkerboard = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).tile(4, 4)
-    ratio, frequency = judge.grain(images + checkerboard, images)
-    assert ratio > 10 and frequency == (0.5, 0.5)
-    assert judge.grain(images, images) == (1, (0, 0))
 
 
 def test_readmes_commands_flags_defaults_and_links_are_real():
@@ -641,6 +612,7 @@ def test_readmes_commands_flags_defaults_and_links_are_real():
     commands = re.findall(command, README + docs, re.MULTILINE)
     defaults = re.findall(r"^\| \[\w+\]\((\w+)\.py\) \| (\d+) \| ", README, re.MULTILINE)
     assert len(commands) >= 17 and len(defaults) == 4
+    parsers["my_gan"] = parsers["cgan_cifar10"]
     for name, flags in commands:
         parsers[name].parse_args(flags.split())
     for name, epochs in defaults:
@@ -681,8 +653,8 @@ def own_script(classes, *edits, size="32"):
     code = (HERE / "cgan_cifar10.py").read_text(encoding="utf-8")
     line = re.search(r"^CLASSES = .*$", code, re.MULTILINE)[0]
     function = re.search(r"\n\n\ndef load_images.*?(?=\n\n\n)", code, re.DOTALL)[0]
-    block = re.sub(r"\b32\b", size, block)
-    return edited("cgan_cifar10", (line, f"CLASSES = {classes}"), (function, block), *edits)
+    edits = [(line, f"CLASSES = {classes}"), (function, re.sub(r"\b32\b", size, block)), *edits]
+    return edited("cgan_cifar10", *edits)
 
 
 @pytest.fixture
@@ -708,23 +680,19 @@ def test_readmes_block_reads_what_folders_hold(pictures, capsys, tmp_path):
     script = own_script(["bear", "bear_polar"])
     images, labels = script.load_images(pictures)
     assert capsys.readouterr().out == "images: {'bear': 4, 'bear_polar': 1}\n"
-    assert len(images) == len(labels) >= 500 * 64 and labels[:5].tolist() == [0, 0, 0, 0, 1]
+    assert len(images) == len(labels) > 31_000 and labels[:5].tolist() == [0, 0, 0, 0, 1]
     for image in images[:4].float():
         red, blue = image[:, 3, 16], image[:, 28, 16]
         assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]
     assert images[4].min() == 255
-    for name, make in (
-        ("bear/grey.png", lambda path: Image.new("I;16", (40, 40)).save(path)),
-        ("bear/scan.tif", lambda path: Image.new("F", (40, 40)).save(path)),
-        (
-            "bear/half.jpg",
-            lambda path: path.write_bytes((pictures / "bear/2.jpg").read_bytes()[:900]),
-        ),
-    ):
-        make(pictures / name)
+    for name, mode in (("grey.png", "I;16"), ("scan.tif", "F"), ("half.jpg", "RGB")):
+        path = pictures / "bear" / name
+        Image.new(mode, (400, 400)).save(path)
+        if mode == "RGB":
+            os.truncate(path, os.path.getsize(path) // 2)
         with pytest.raises(script.UsageError, match=name):
             script.load_images(pictures)
-        (pictures / name).unlink()
+        path.unlink()
     (pictures / "empty").mkdir()
     for folder, message in ((pictures, "empty"), (tmp_path / "none", "none")):
         with pytest.raises(script.UsageError, match=message):
@@ -745,8 +713,8 @@ def test_readmes_block_trains(size, classes, pictures, tmp_path, monkeypatch):
     flags = f"--device cpu --epochs 1 --width 4 --batch-size 22 --output-dir {out}"
     script.main(flags.split())
     generator = script.load_generator(out / "generator.pt")
-    images = script.sample(generator, torch.randn(2, 100), torch.zeros(2, dtype=torch.long))
+    images = script.sample(generator, torch.randn(2, 100), torch.tensor([0, 0]))
     assert images.shape == (2, 3, int(size), int(size))
-    cell = 2 * int(size) + 2
-    real = Image.open(out / "real.png")
-    assert real.size == (100 + 10 * cell + 2, len(classes) * cell + 2)  # a row for each name
+    cell = 2 * int(size) + 2  # in real.png, a row for each name
+    expected = (100 + 10 * cell + 2, len(classes) * cell + 2)
+    assert Image.open(out / "real.png").size == expected
