@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import importlib
 import os
 import pickle
@@ -306,6 +307,8 @@ def test_bf16_trains_and_samples_are_of_fp32(script, run, tmp_path):
     weights, others = ours["generator"]["network.0.weight"], theirs["generator"]["network.0.weight"]
     assert weights.dtype == torch.float32
     assert 0 < (weights - others).abs().max() < 0.05
+    means = [value for name, value in ours["generator"].items() if name.endswith("running_mean")]
+    assert all(map(torch.any, means))  # BatchNorm's, of what the average generates
     half = {name: value.half() for name, value in ours["generator"].items()}
     torch.save({**ours, "generator": half}, tmp_path / "half.pt")
     assert script.load_generator(tmp_path / "half.pt").network[0].weight.dtype == torch.float32
@@ -467,7 +470,9 @@ def test_a_broken_matplotlib_is_noticed_before_the_first_step(run, at_step, monk
 def test_ctrl_c_gets_one_line_and_ends_a_shells_loop(script, data, tmp_path):
     flags = f"--data-dir {data} --output-dir {tmp_path}/out --width 4 --batch-size 60 --epochs 9999"
     command = [sys.executable, HERE / f"{script.SCRIPT}.py", *flags.split()]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, too
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
         while "Step 6:" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
