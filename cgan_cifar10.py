@@ -14,7 +14,7 @@ as fakes (arXiv:1605.05396), random shifts of all that the discriminator sees (a
 nearest-neighbour upsampling at the end, PyTorch's own initialization, and samples from an average
 of the generator's weights.
 
-    python cgan_cifar10.py --epochs 50                train; everything goes to outputs/cgan_cifar10
+    python cgan_cifar10.py --epochs 40                train; everything goes to outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
     python cgan_cifar10.py --generate 25 --label horse    generate 25 horses
     torchrun --standalone --nproc-per-node=8 cgan_cifar10.py    8 GPUs, batches of 64 each
@@ -46,6 +46,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 BETA2 = 0.999  # Adam's
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_WEIGHT = 2  # how often a mislabelled image counts as fake, for clearer classes
+SHIFT = 1  # pixels, the shift's standard deviation; at 2, images teach a classifier less
 NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
 NAME_SIZE = 15  # pixels
 
@@ -76,6 +77,9 @@ class Generator(nn.Module):
             nn.ReLU(),
             # a transposed convolution here left a checkerboard (doi.org/10.23915/distill.00003)
             nn.Upsample(scale_factor=2),  # 32x32
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
             nn.Conv2d(2 * width, 3, 3, padding=1),
             nn.Tanh(),
         )
@@ -126,13 +130,13 @@ def other_labels(labels):
     return (labels + torch.randint_like(labels, 1, len(CLASSES))) % len(CLASSES)
 
 
-def augment(images, std=2):
-    """Return images (n, C, H, W) as the discriminator sees them: shifted, by `std` pixels or so.
+def augment(images):
+    """Return images (n, C, H, W) as the discriminator sees them: shifted by a pixel or so.
 
     The shift, one for the whole batch, keeps the discriminator from memorizing real images
     (arXiv:2006.10738). A shift of 0 is the likeliest, or generated images would be shifted, too.
     """
-    shift = (std * torch.randn(2)).round().int().tolist()  # down and to the right
+    shift = (SHIFT * torch.randn(2)).round().int().tolist()  # down and to the right
     return images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
 
 
@@ -518,8 +522,8 @@ def make_parser():
     count = between(int, 1, 10**6)
     rate = between(float, 0, 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # after 30 epochs images hardly get better: a Frechet distance of 0.074, after 50 of 0.069
-    add("--epochs", type=count, default=50, help="passes over the training images (%(default)s)")
+    # other projects train for 200; the Frechet distance is 0.104 after 20 epochs, 0.065 after 40
+    add("--epochs", type=count, default=40, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
     # the DCGAN paper has batches of 128 and lr 2e-4; here 5e-4 was better than 3e-4 from the start
     add("--lr", type=rate, default=5e-4, help="Adam's learning rate (%(default)s)")

@@ -227,8 +227,8 @@ def test_the_discriminator_sees_shifted_images(script):
         shifts.append([pixel - 16 for pixel in place])  # down, and to the right
         assert torch.equal(seen, images.roll(shifts[-1], dims=(2, 3)))
     shifts = torch.tensor(shifts).double()
-    assert shifts.std(dim=0).min() > 1.7 and shifts.std(dim=0).max() < 2.3
-    assert (shifts.abs() < 2).double().mean() > 0.45  # most are small
+    assert shifts.std(dim=0).min() > 0.8 and shifts.std(dim=0).max() < 1.3
+    assert (shifts.abs() < 2).double().mean() > 0.8  # most are small
 
 
 # ---- a run and what it leaves
