@@ -445,12 +445,10 @@ def test_a_notebooks_backend(installed, tmp_path):
     (information / "METADATA").write_text("Name: matplotlib-inline\nVersion: 0.1.7\n")
     entry = "[matplotlib.backend]\ninline = matplotlib_inline.backend_inline\n"
     (information / "entry_points.txt").write_text(entry)
-    names = ", ".join(NAMES)
     found, hidden = f"sys.path.append({str(tmp_path)!r})", "sys.modules['matplotlib_inline'] = None"
-    code = f"import sys\n{found if installed else hidden}\n"
-    code += f"import {names}\nfor script in ({names}):\n"
-    code += f"    script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
-    code += "    script.make_parser().format_help()\n"
+    code = f"import sys\n{found if installed else hidden}\nimport {NAMES[0]} as script\n"
+    code += f"script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
+    code += "script.make_parser().format_help()\n"
     code += "from matplotlib import pyplot\npyplot.figure()\nprint(pyplot.get_backend())"
     inline = "module://matplotlib_inline.backend_inline"
     done = python(code, "-OO", MPLBACKEND=inline, MATPLOTLIBRC=str(tmp_path))
