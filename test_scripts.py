@@ -79,7 +79,7 @@ cifar_only = pytest.mark.parametrize("script", NAMES[3:], indirect=True)
 def run(script, data, tmp_path):
     """Run the script's command line with tiny data and networks, by default into tmp_path/out."""
 
-    def run(*flags):
+    def run(*flags, script=script):
         tiny = ["--device", "cpu", "--data-dir", data, "--output-dir", tmp_path / "out"]
         tiny += ["--batch-size", 60, "--epochs", 1, "--width", 4]
         script.main([str(flag) for flag in (*tiny, *flags)])
@@ -235,10 +235,12 @@ def test_the_discriminator_sees_shifted_images(script):
 
 
 def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatch):
+    script = edited(script.SCRIPT, ("epoch % 10 == 0", "epoch % 3 == 0"))  # takes less time
     batches = []
     step = script.GAN.step
     monkeypatch.setattr(script.GAN, "step", lambda *args: batches.append(args[1:]) or step(*args))
-    run("--batch-size", 22, "--log-every", 3, "--epochs", 10, "--no-bf16")
+    flags = "--batch-size 22 --log-every 3 --epochs 3 --no-bf16"
+    run(*flags.split(), script=script)
     printed = capsys.readouterr()
     assert f"cpu, fp32, to {tmp_path / 'out'}\n" in printed.out
     lines = re.findall(r"Step (\d+): Generator loss: \S+, discriminator loss: \d", printed.out)
@@ -252,17 +254,17 @@ def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatc
 
     out = tmp_path / "out"
     run("--generate", 2)
-    run("--generate", 2, "--weights", out / "weights/epoch_0010.pt")
+    run("--generate", 2, "--weights", out / "weights/epoch_0003.pt")
     pictures = [Path(line) for line in capsys.readouterr().out.splitlines()]
     cell = 2 * real.shape[-1] + 2
     rows, names = (10, 100) if labels else (1, 0)
     assert Image.open(pictures[0]).size == (names + 2 * cell + 2, rows * cell + 2)
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.*")} == {
         *("real.png", "samples.gif", "losses.csv", "losses.png", "generator.pt", "checkpoint.pt"),
-        *(f"samples/epoch_{epoch:04}.png" for epoch in range(11)),
-        *("weights/epoch_0010.pt", "generator_seed_0.png", "epoch_0010_seed_0.png"),
+        *(f"samples/epoch_{epoch:04}.png" for epoch in range(4)),
+        *("weights/epoch_0003.pt", "generator_seed_0.png", "epoch_0003_seed_0.png"),
     }
-    assert Image.open(out / "samples.gif").n_frames > 5
+    assert Image.open(out / "samples.gif").n_frames > 2
     table = list(csv.reader((out / "losses.csv").read_text().splitlines()))
     assert table[0] == ["epoch", "step", "discriminator_loss", "generator_loss"]
     assert [row[:2] for row in table[1:4]] == [["0.6", "3"], ["1.0", "5"], ["1.6", "8"]]
@@ -328,7 +330,7 @@ def outcome(folder):
 def test_a_run_resumes_exactly(run, script, data, tmp_path, at_step):
     scheduled = edited(script.SCRIPT, ("lr=args.lr, betas", "lr=args.lr / epoch, betas"))
     place = ["--data-dir", str(data), "--device", "cpu", "--output-dir"]
-    flags = ["--epochs", "3", "--seed", "3", "--width", "4", "--batch-size", "60"]
+    flags = ["--epochs", "2", "--seed", "3", "--width", "4", "--batch-size", "60"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     scheduled.main([*place, str(whole), *flags])
     at_step(4, Mock(side_effect=KeyboardInterrupt), scheduled)  # the last step of epoch 2
@@ -339,7 +341,7 @@ def test_a_run_resumes_exactly(run, script, data, tmp_path, at_step):
     torch.testing.assert_close(outcome(out)[0], outcome(whole)[0], rtol=0, atol=0)
     assert outcome(out)[1] == outcome(whole)[1]
     rates = [load(out / "checkpoint.pt")[f"optimizer_{x}"]["param_groups"][0]["lr"] for x in "gd"]
-    assert rates == [script.make_parser().get_default("lr") / 3] * 2
+    assert rates == [script.make_parser().get_default("lr") / 2] * 2
 
 
 def test_resume_takes_new_flags(run, tmp_path, refused):
@@ -425,10 +427,10 @@ def test_a_launchers_variables_alone_start_no_process_group(run, tmp_path, monke
     assert (tmp_path / "out/generator.pt").exists()
 
 
-def python(code, *flags, **variables):
+def python(code, **variables):
     """Run code in a Python of its own, with further environment variables; return its result."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), **variables}
-    command = [sys.executable, *flags, "-c", code]
+    command = [sys.executable, "-c", code]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -448,10 +450,9 @@ def test_a_notebooks_backend(installed, tmp_path):
     found, hidden = f"sys.path.append({str(tmp_path)!r})", "sys.modules['matplotlib_inline'] = None"
     code = f"import sys\n{found if installed else hidden}\nimport {NAMES[0]} as script\n"
     code += f"script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
-    code += "script.make_parser().format_help()\n"
     code += "from matplotlib import pyplot\npyplot.figure()\nprint(pyplot.get_backend())"
     inline = "module://matplotlib_inline.backend_inline"
-    done = python(code, "-OO", MPLBACKEND=inline, MATPLOTLIBRC=str(tmp_path))
+    done = python(code, MPLBACKEND=inline, MATPLOTLIBRC=str(tmp_path))
     assert ("inline" in done.stdout) == installed and not done.returncode, done.stderr
     assert (tmp_path / "losses.png").exists()
 
@@ -480,12 +481,10 @@ def test_ctrl_c_gets_one_line_and_ends_a_shells_loop(script, data, tmp_path):
     assert load(tmp_path / "out/checkpoint.pt")["epoch"] >= 2
 
 
-@pytest.mark.parametrize("script", ["mlp_gan_mnist", "cgan_cifar10"], indirect=True)
+@pytest.mark.parametrize("script", NAMES[:1], indirect=True)
 def test_a_closed_pipe_gets_no_traceback(script, data, tmp_path):
     flags = f"--data-dir {data} --output-dir {tmp_path}/out --width 4 --batch-size 60".split()
     code = "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
-    code += "from torchvision.datasets import cifar\n"
-    code += "cifar.check_integrity = lambda path, md5: True\n"
     code += f"import {script.SCRIPT} as script\nscript.main({flags})"
     assert "Traceback" not in python(code).stderr
 
