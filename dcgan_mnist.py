@@ -174,7 +174,8 @@ class GAN:
     def update_average(self):
         """Average the generator's weights over about the latest tenth of the steps so far.
 
-        Polynomial-decay averaging: Shamir and Zhang 2013, arXiv:1212.1824.
+        The latest weights swing with the discriminator's; their average draws better images
+        (arXiv:1806.04498). Polynomial decay: Shamir and Zhang 2013, arXiv:1212.1824.
         """
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
@@ -238,7 +239,8 @@ def train(args):
     save_losses(history, folder)  # now: a broken matplotlib stops the run before it trains
 
     for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        for optimizer in (gan.optimizer_g, gan.optimizer_d):  # a schedule would go here
+        # a checkpoint brings the rates it was saved with; a schedule would go here, too
+        for optimizer in (gan.optimizer_g, gan.optimizer_d):
             optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
         # a seed for each epoch, so that a resumed run draws the same
         torch.manual_seed(10_000 * args.seed + epoch)
@@ -274,7 +276,7 @@ def sample(generator, noise):
 def load_generator(path, device="cpu"):
     """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
     with explain(f"{path} holds no generator of {SCRIPT}.py: train one, or name one by --weights"):
-        saved = torch.load(path, device, weights_only=True)  # PyTorch 2.10 runs no code from it
+        saved = torch.load(path, device, weights_only=True)  # from PyTorch 2.10 on, runs no code
         weights = saved.pop("generator")
         with torch.device("meta"):  # a wrong size in the file takes no memory
             generator = Generator(**saved)  # another script's file has other arguments
@@ -458,7 +460,7 @@ def bf16_is_fast(device):
     """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo = Path("/proc/cpuinfo")  # Linux's: on other systems, CPUs compute in fp32
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     # Intel's AVX-512 alone was measured to be slower in bf16 than in fp32
     fast = re.search("amx_bf16|AuthenticAMD.*avx512_bf16", text, re.DOTALL)
