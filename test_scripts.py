@@ -1,4 +1,4 @@
-"""Tests of the four scripts on tiny data sets made here: no network, no GPU, under a minute."""
+"""Tests of the four scripts on tiny data sets made here: no network, no GPU, about a minute."""
 
 import ast
 import copy
