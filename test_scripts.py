@@ -247,7 +247,8 @@ def test_the_discriminator_sees_shifted_images(script, monkeypatch):
 
 
 def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatch):
-    script = edited(script.SCRIPT, ("epoch % 10 == 0", "epoch % 3 == 0"))  # takes less time
+    # every third epoch's weights for every tenth's: fewer epochs to train
+    script = edited(script.SCRIPT, ("epoch % 10 == 0", "epoch % 3 == 0"))
     batches = []
     step = script.GAN.step
     monkeypatch.setattr(script.GAN, "step", lambda *args: batches.append(args[1:]) or step(*args))
@@ -276,7 +277,7 @@ def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatc
         *(f"samples/epoch_{epoch:04}.png" for epoch in range(4)),
         *("weights/epoch_0003.pt", "generator_seed_0.png", "epoch_0003_seed_0.png"),
     }
-    assert Image.open(out / "samples.gif").n_frames > 2
+    assert Image.open(out / "samples.gif").n_frames == 4
     table = list(csv.reader((out / "losses.csv").read_text().splitlines()))
     assert table[0] == ["epoch", "step", "discriminator_loss", "generator_loss"]
     assert [row[:2] for row in table[1:4]] == [["0.6", "3"], ["1.0", "5"], ["1.6", "8"]]
