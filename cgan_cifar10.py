@@ -44,6 +44,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BETA2 = 0.999  # Adam's
+AVERAGE_DECAY = 10  # weights are averaged over about the latest 1/10 of the steps
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_WEIGHT = 2  # how often a mislabelled image counts as fake, for clearer classes
 SHIFT = 1  # pixels, the shift's standard deviation; at 2, images teach a classifier less
@@ -210,14 +211,14 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self):
-        """Average the generator's weights over about the latest tenth of the steps so far.
+        """Average the generator's weights over about the latest 1/AVERAGE_DECAY of the steps.
 
         The latest weights swing with the discriminator's; their average draws better images
         (arXiv:1806.04498). Polynomial decay: Shamir and Zhang 2013, arXiv:1212.1824.
         """
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
-            average.lerp_(latest.detach(), weight=10 / (self.steps + 10))
+            average.lerp_(latest.detach(), weight=AVERAGE_DECAY / (self.steps + AVERAGE_DECAY))
 
     def update_bn(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""

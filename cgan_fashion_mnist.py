@@ -40,6 +40,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 CLASSES = datasets.FashionMNIST.classes  # names by label
 BETA2 = 0.999  # Adam's
+AVERAGE_DECAY = 10  # weights are averaged over about the latest 1/10 of the steps
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, clearer but less varied classes
 WRONG_STEPS = 10_000  # the share falls from 1 by 1 / WRONG_STEPS a step: clear classes early
@@ -188,14 +189,14 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self):
-        """Average the generator's weights over about the latest tenth of the steps so far.
+        """Average the generator's weights over about the latest 1/AVERAGE_DECAY of the steps.
 
         The latest weights swing with the discriminator's; their average draws better images
         (arXiv:1806.04498). Polynomial decay: Shamir and Zhang 2013, arXiv:1212.1824.
         """
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
-            average.lerp_(latest.detach(), weight=10 / (self.steps + 10))
+            average.lerp_(latest.detach(), weight=AVERAGE_DECAY / (self.steps + AVERAGE_DECAY))
 
     def update_bn(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""

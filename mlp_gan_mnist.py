@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 BETA2 = 0.999  # Adam's
+AVERAGE_DECAY = 10  # weights are averaged over about the latest 1/10 of the steps
 KINDS = 10  # of generated image: as many as there are digits; no labels are used
 # they brought the Frechet distance from 0.86 to 0.24; the paper's plain generator has no `+ KINDS`,
 # and its forward is `return self.network(noise)`
@@ -165,14 +166,14 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_average(self):
-        """Average the generator's weights over about the latest tenth of the steps so far.
+        """Average the generator's weights over about the latest 1/AVERAGE_DECAY of the steps.
 
         The latest weights swing with the discriminator's; their average draws better images
         (arXiv:1806.04498). Polynomial decay: Shamir and Zhang 2013, arXiv:1212.1824.
         """
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
-            average.lerp_(latest.detach(), weight=10 / (self.steps + 10))
+            average.lerp_(latest.detach(), weight=AVERAGE_DECAY / (self.steps + AVERAGE_DECAY))
 
     def update_bn(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""

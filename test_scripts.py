@@ -184,8 +184,9 @@ def test_a_step_moves_every_weight_and_the_average_follows(script):
     assert losses.shape == (2,) and losses.isfinite().all() and not losses.requires_grad
     assert gan.steps == 30 and not any(map(torch.equal, before, weights))
     assert not any(map(torch.equal, buffers, generator.buffers()))
+    share = script.AVERAGE_DECAY / (script.AVERAGE_DECAY + 30)
     for average, then, now in zip(gan.average.parameters(), before, weights, strict=False):
-        assert torch.allclose(average, 0.75 * then + 0.25 * now, atol=1e-6)
+        assert torch.allclose(average, torch.lerp(then, now, share), atol=1e-6)
     gan.update_bn(10, batches=2)
     assert not any(map(torch.equal, buffers, gan.average.buffers()))
     assert not gan.average.training
