@@ -303,6 +303,7 @@ def train(args):
 
     torch.manual_seed(args.seed)  # once more: --generate as many draws the last grid
     fixed_noise = torch.randn(10, args.latent_dim)  # for every grid: one can watch images form
+    # ten real images of each class; those of a class with fewer are repeated
     first = [(labels == label).nonzero()[:, 0].repeat(10)[:10] for label in range(len(CLASSES))]
     if rank == 0:
         save_rows(images[torch.cat(first)] / 255, folder / "real.png")

@@ -184,7 +184,7 @@ def test_a_step_moves_every_weight_and_the_average_follows(script):
     assert losses.shape == (2,) and losses.isfinite().all() and not losses.requires_grad
     assert gan.steps == 30 and not any(map(torch.equal, before, weights))
     assert not any(map(torch.equal, buffers, generator.buffers()))
-    share = script.AVERAGE_DECAY / (script.AVERAGE_DECAY + 30)
+    share = 20 / (30 + 20) if script.SCRIPT == "dcgan_mnist" else 10 / (30 + 10)
     for average, then, now in zip(gan.average.parameters(), before, weights, strict=False):
         assert torch.allclose(average, torch.lerp(then, now, share), atol=1e-6)
     gan.update_bn(10, batches=2)
