@@ -2,7 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "torchvision>=0.21", "matplotlib>=3.9", "pillow>=10.1", "tqdm>=4.66"
+#   "torch>=2.6", "torchvision>=0.21", "matplotlib>=3.9", "pillow>=10.1", "tqdm>=4.66",
+#   "matplotlib-inline",  # for `!uv run` in a notebook
 # ]
 # ///
 """Conditional DCGAN on CIFAR-10: name a class, and the generator generates it.
@@ -14,44 +15,40 @@ as fakes (arXiv:1605.05396), random shifts of all that the discriminator sees (a
 nearest-neighbour upsampling at the end, PyTorch's own initialization, and samples from an average
 of the generator's weights.
 
-    python cgan_cifar10.py --epochs 48                train; everything goes to outputs/cgan_cifar10
+    python cgan_cifar10.py --epochs 48                train, into outputs/cgan_cifar10
     python cgan_cifar10.py --epochs 80 --resume       go on with that run, up to 80 epochs in all
     python cgan_cifar10.py --generate 25 --label horse    generate 25 horses
     torchrun --standalone --nproc-per-node=8 cgan_cifar10.py    8 GPUs, batches of 64 each
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import io
 import math
 import os
-import re
 import sys
-import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-BETA2 = 0.999  # Adam's
-AVERAGE_DECAY = 10  # weights are averaged over about the latest 1/10 of the steps
+# samples come from weights averaged over about the latest 1/10 of the steps
+AVERAGE_DECAY = 10
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_WEIGHT = 2  # how often a mislabelled image counts as fake, for clearer classes
 SHIFT = 1  # pixels, the shift's standard deviation; at 2, images teach a classifier less
-NAME_WIDTH = 100  # pixels for the classes' names beside a grid: about 12 letters
-NAME_SIZE = 15  # pixels
-
-# ---- networks
+NAME_SIZE = 15  # pixels, of the classes' names beside a grid
+BETA2 = 0.999  # Adam's
+PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]  # of a GAN
 
 
 class Generator(nn.Module):
@@ -60,7 +57,6 @@ class Generator(nn.Module):
     def __init__(self, latent_dim=100, width=16):
         super().__init__()
         self.latent_dim = latent_dim
-        self.width = width
         self.network = nn.Sequential(
             # a transposed convolution over a 1x1 image is this matrix product, only slower
             nn.Linear(latent_dim + len(CLASSES), 16 * width * 4 * 4, bias=False),
@@ -141,9 +137,7 @@ def augment(images):
     return images.roll(shift, dims=(2, 3))  # what leaves at one edge comes in at the other
 
 
-# ---- losses: arXiv:1406.2661, of logits: a sigmoid that rounds to 0 or 1 passes no gradient
-
-
+# the losses of arXiv:1406.2661, from logits: a sigmoid that rounds to 0 or 1 passes no gradient
 def discriminator_loss(real_logits, fake_logits):
     """Return -mean log D(real) - mean log(1 - D(fake)); D is the sigmoid of logits (n,), (m,)."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
@@ -156,11 +150,11 @@ def generator_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
-# ---- training
-
-
 class GAN:
-    """Both networks, their optimizers, and the averaged generator that draws the samples."""
+    """Both networks, their optimizers, and the averaged generator that draws the samples.
+
+    A step is an iteration of Algorithm 1 in arXiv:1406.2661, with the same noise in both halves.
+    """
 
     def __init__(self, generator, discriminator, lr=5e-4, beta1=0.5, bf16=False):
         # channels_last: faster convolutions; before Adam's first step, which copies the layout
@@ -190,7 +184,7 @@ class GAN:
         with autocast:
             fake = self.generator(noise, labels)
             real_logits = self.discriminator(augment(real))
-            fake_logits = self.discriminator(augment(fake.detach()))  # not to train the generator
+            fake_logits = self.discriminator(augment(fake.detach()))  # leaves the generator alone
         mislabelled = pick(real_logits, wrong).repeat(WRONG_WEIGHT)
         negatives = torch.cat((pick(fake_logits, labels), mislabelled))
         loss_d = discriminator_loss(pick(real_logits, labels), negatives)
@@ -204,21 +198,17 @@ class GAN:
             fake_logits = self.discriminator(augment(fake))
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
-        loss_g.backward(inputs=list(self.generator.parameters()))  # not the discriminator's: faster
+        # without gradients of the discriminator's weights: faster
+        loss_g.backward(inputs=[p for p in self.generator.parameters() if p.requires_grad])
         average_gradients(self.generator)
         self.optimizer_g.step()
-        self.update_average()
-        return torch.stack((loss_d, loss_g)).detach()
 
-    def update_average(self):
-        """Average the generator's weights over about the latest 1/AVERAGE_DECAY of the steps.
-
-        The latest weights swing with the discriminator's; their average draws better images
-        (arXiv:1806.04498). Polynomial decay: Shamir and Zhang 2013, arXiv:1212.1824.
-        """
+        # the latest weights swing with the discriminator's: their average draws better images
+        # (arXiv:1806.04498); polynomial decay: arXiv:1212.1824
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
             average.lerp_(latest.detach(), weight=AVERAGE_DECAY / (self.steps + AVERAGE_DECAY))
+        return torch.stack((loss_d, loss_g)).detach()
 
     def update_bn(self, batch_size, batches=50):
         """Give the average's BatchNorm layers the statistics of what the average generates."""
@@ -228,181 +218,168 @@ class GAN:
             sample(self.average, torch.randn(batch_size, self.average.latent_dim), labels)
         self.average.eval()
 
+    def state_dict(self):
+        """Return all that load_state_dict needs to go on."""
+        return {"steps": self.steps, **{part: getattr(self, part).state_dict() for part in PARTS}}
 
-def train_epoch(gan, images, labels, epoch, args):
-    """Train on the images once, in random full batches; return rows for losses.csv."""
-    order = torch.randperm(len(images), device=images.device)
-    batches = order.split(args.batch_size)[: len(images) // args.batch_size]
-    rows = []
-    losses = []  # since the last row
-    for i, indices in enumerate(progress(batches, f"Epoch {epoch}/{args.epochs}"), 1):
-        real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
-        losses.append(gan.step(real, labels[indices]))
-        if i % args.log_every == 0 or i == len(batches):
-            loss_d, loss_g = torch.stack(losses).mean(dim=0).tolist()
-            if not math.isfinite(loss_d + loss_g):
-                raise UsageError(f"a loss is not finite by step {gan.steps}: lower --lr")
-            line = f"Generator loss: {loss_g:.3f}, discriminator loss: {loss_d:.3f}"
-            tqdm.write(f"Step {gan.steps}: {line}")
-            sys.stdout.flush()  # for whoever watches a log file
-            rows.append((epoch - 1 + i / len(batches), gan.steps, loss_d, loss_g))
-            losses = []
-    gan.update_bn(args.batch_size)
-    return rows
+    def load_state_dict(self, states):
+        """Go on from another GAN's state_dict()."""
+        self.steps = states["steps"]
+        for part in PARTS:
+            getattr(self, part).load_state_dict(states[part])
 
 
-def launched_by_torchrun():
-    """Return whether this process is one of torchrun's."""
-    return distributed.is_available() and distributed.is_torchelastic_launched()
+def load_images(folder):
+    """Return CIFAR-10's training images, uint8 (50000, 3, 32, 32), and labels (50000,)."""
+    dataset = datasets.CIFAR10(folder, download=True)
+    return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
 
 
 def init_distributed(args):
-    """Join torchrun's other processes; return the rank and the world size: 0 and 1 without."""
-    if not launched_by_torchrun():
+    """Join torchrun's other processes; return the rank and the world size."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a card for each process
     distributed.init_process_group()
-    rank = distributed.get_rank()
-    if rank == 0:
-        load_images(args.data_dir)  # downloads them before the others look for them
-    else:
+    if distributed.get_rank() > 0:
         sys.stdout = io.StringIO()  # the first process prints
-    distributed.barrier()
-    return rank, distributed.get_world_size()
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def average_gradients(network):
     """Give all of torchrun's processes the mean of their gradients."""
     if distributed.is_available() and distributed.is_initialized():
         for parameter in network.parameters():
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= distributed.get_world_size()
+            if parameter.requires_grad:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= distributed.get_world_size()
 
 
-def progress(items, title):
-    """Return the items behind a progress bar, which a log file doesn't get."""
-    return tqdm(items, title, leave=False, disable=None, file=sys.stdout)
+def ten_of_each(images, labels):
+    """Return ten images of each class, by label; of a class with fewer, the same again."""
+    rows = [images[labels == label][:10] for label in range(len(CLASSES))]
+    if min(map(len, rows)) == 0:
+        raise ValueError(f"a class has no images: of {CLASSES}, there are {labels.bincount()}")
+    return torch.cat([row[torch.arange(10) % len(row)] for row in rows])
 
 
-def train(args):
-    """Train from the start, or with --resume from the last finished epoch."""
-    folder = args.output_dir
+def train(args, checkpoint):
+    """Train from the start, or go on after a checkpoint's epoch; all goes to args.output_dir."""
+    folder = Path(args.output_dir)
     rank, processes = init_distributed(args)
+    if rank > 0:
+        distributed.barrier()  # until the first process has downloaded the images
     images, labels = load_images(args.data_dir)
+    if rank == 0 and processes > 1:
+        distributed.barrier()
+    examples = ten_of_each(images, labels)
     own = slice(rank, len(images) // processes * processes, processes)  # equally many each
     images = images[own].to(args.device)  # in memory, as bytes: no DataLoader
     labels = labels[own].to(args.device)
-    if args.batch_size > len(images):
-        raise UsageError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
+    batches = len(images) // args.batch_size  # in an epoch
+    if batches == 0:
+        raise ValueError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
 
     torch.manual_seed(args.seed)
     generator = Generator(args.latent_dim, args.width).to(args.device)
     discriminator = Discriminator(args.width).to(args.device)
     gan = GAN(generator, discriminator, args.lr, args.beta1, args.bf16)
-    done, history = load_checkpoint(gan, args.checkpoint) if args.resume else (0, [])
-    print(f"{args.device}, {'bf16' if args.bf16 else 'fp32'}, to {folder}", flush=True)
+    done, history = 0, []
+    if checkpoint:
+        done, history = checkpoint["epoch"], checkpoint["history"]
+        gan.load_state_dict(checkpoint["gan"])
 
-    torch.manual_seed(args.seed)  # once more: --generate as many draws the last grid
+    torch.manual_seed(args.seed)  # once more, so that --generate 10 draws the last grid
     fixed_noise = torch.randn(10, args.latent_dim)  # for every grid: one can watch images form
-    # ten real images of each class; those of a class with fewer are repeated
-    first = [(labels == label).nonzero()[:, 0].repeat(10)[:10] for label in range(len(CLASSES))]
     if rank == 0:
-        save_rows(images[torch.cat(first)] / 255, folder / "real.png")
+        save_rows(examples / 255, folder / "real.png")
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{done:04}.png")
-        save_losses(history, folder)  # now: a broken matplotlib stops the run before it trains
+    print(f"on {args.device} in {'bf16' if args.bf16 else 'fp32'}, to {folder}", flush=True)
 
-    for epoch in progress(range(done + 1, args.epochs + 1), "Epochs"):
-        # a checkpoint brings the rates it was saved with; a schedule would go here, too
-        for optimizer in (gan.optimizer_g, gan.optimizer_d):
-            optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
-        # a seed for each epoch and process, so that a resumed run draws the same
+    total = args.epochs * batches
+    bar = tqdm(total=total, initial=done * batches, leave=False, disable=None, file=sys.stdout)
+    for epoch in range(done + 1, args.epochs + 1):
+        bar.set_description(f"Epoch {epoch}/{args.epochs}")
+        # so that a resumed run draws the same, and each process something else
         torch.manual_seed(10_000 * args.seed + epoch + 1000 * rank)
-        history += train_epoch(gan, images, labels, epoch, args)
+        for optimizer in (gan.optimizer_g, gan.optimizer_d):
+            # a checkpoint brings its own rates; a schedule would go here, too
+            optimizer.param_groups[0].update(lr=args.lr, betas=(args.beta1, BETA2))
+        order = torch.randperm(len(images), device=args.device)
+        losses = []  # since the last row
+        for i, indices in enumerate(order.split(args.batch_size)[:batches], 1):
+            real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
+            losses.append(gan.step(real, labels[indices]))
+            bar.update()
+            if i % args.log_every == 0 or i == batches:  # reading each step's would slow a GPU
+                loss_d, loss_g = torch.stack(losses).mean(dim=0).tolist()
+                line = f"Generator loss: {loss_g:.3f}, discriminator loss: {loss_d:.3f}"
+                bar.write(f"Step {gan.steps}: {line}")
+                sys.stdout.flush()  # for whoever watches a log file
+                if not math.isfinite(loss_d + loss_g):
+                    raise FloatingPointError("a loss is not finite: lower --lr")
+                history.append((epoch - 1 + i / batches, gan.steps, loss_d, loss_g))
+                losses = []
+
         if rank > 0:
             continue  # the first process saves
+        gan.update_bn(args.batch_size)
         save_samples(gan.average, fixed_noise, folder / f"samples/epoch_{epoch:04}.png")
         save_losses(history, folder)
-        save_generator(gan.average, folder / "generator.pt")
+        saved = {"latent_dim": args.latent_dim, "width": args.width, "classes": CLASSES}
+        saved["generator"] = gan.average.state_dict()
+        save(saved, folder / "generator.pt")
         if epoch % 10 == 0:
-            save_generator(gan.average, folder / f"weights/epoch_{epoch:04}.pt")
-        save_checkpoint(gan, epoch, history, args)  # last: an epoch without it is trained again
-    if launched_by_torchrun():
+            save(saved, folder / f"weights/epoch_{epoch:04}.pt")
+        run = {"args": vars(args), "epoch": epoch, "history": history, "gan": gan.state_dict()}
+        run["classes"] = CLASSES
+        save(run, folder / "checkpoint.pt")  # last: now the epoch is finished
+    bar.close()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         distributed.destroy_process_group()
     if rank == 0:
         save_animation(folder)
     print(f"Finished: all is in {folder}; --generate generates more")
 
 
-# ---- data and samples
-
-
-def load_images(folder):
-    """Return CIFAR-10's training images, uint8 (50000, 3, 32, 32), and labels (50000,)."""
-    hint = f"delete what {folder} has of it, or put {datasets.CIFAR10.url} there"
-    with explain(f"can't read or download CIFAR-10: {hint}"):
-        dataset = datasets.CIFAR10(folder, download=True)
-        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
-
-
 @torch.no_grad()
 def sample(generator, noise, labels):
     """Turn normal noise (n, latent_dim) and labels (n,) into images (n, 3, 32, 32) in [0, 1]."""
-    device = next(generator.parameters()).device
-    return (generator(noise.to(device), labels.to(device)) + 1) / 2
+    noise = noise.to(next(generator.parameters()))  # their device and dtype
+    return (generator(noise, labels.to(noise.device)) + 1) / 2
 
 
 def load_generator(path, device="cpu"):
-    """Return the generator saved in `path`, in eval mode; UsageError if there is none."""
-    with explain(f"{path} holds no generator of {SCRIPT}.py: train one, or name one by --weights"):
-        saved = torch.load(path, device, weights_only=True)  # from PyTorch 2.10 on, runs no code
-        weights = saved.pop("generator")
-        if saved.pop("classes") != CLASSES:
-            raise ValueError("other classes")
-        with torch.device("meta"):  # a wrong size in the file takes no memory
-            generator = Generator(**saved)  # another script's file has other arguments
-        generator.load_state_dict(weights, assign=True)
-    return generator.float().eval()
+    """Return the generator saved in `path`, in eval mode; ValueError if its classes are others."""
+    saved = torch.load(path, device, weights_only=True)
+    weights = saved.pop("generator")
+    if saved.pop("classes", None) != CLASSES:
+        raise ValueError(f"{path} is of other classes")
+    generator = Generator(**saved).to(device)
+    generator.load_state_dict(weights)
+    return generator.eval()
 
 
-def generate(args):
-    """Generate args.generate images of a class, or of each, into one PNG and print its path."""
-    weights = args.weights or args.output_dir / "generator.pt"
+def generate(weights, args):
+    """Draw args.generate images of a class, or of each, into one PNG and print its path."""
     generator = load_generator(weights, args.device)
     torch.manual_seed(args.seed)
     noise = torch.randn(args.generate, generator.latent_dim)
-    path = args.output_dir / f"{weights.stem}_seed_{args.seed}.png"
     if args.label is None:
+        path = Path(args.output_dir, f"{weights.stem}_seed_{args.seed}.png")
         save_samples(generator, noise, path)
     else:
-        name = re.sub(r"\W", "_", CLASSES[args.label])
-        path = path.with_stem(f"{path.stem}_{name}")
+        path = Path(args.output_dir, f"{weights.stem}_seed_{args.seed}_{args.label}.png")
         save_grid(sample(generator, noise, torch.full((args.generate,), args.label)), path)
     print(path)
 
 
-# ---- files
-
-
-class UsageError(Exception):
-    """An error that the user can put right: main prints it as one line."""
-
-
-@contextlib.contextmanager
-def explain(message):
-    """Raise any error in the block as a UsageError of one line: `message` and that error."""
-    try:
-        yield
-    except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise UsageError(f"{message} ({reason})") from error
-
-
 def save(state, path):
     """Save a state with torch.save, so that `path` never holds half a file."""
-    temporary = path.with_suffix(".tmp")
-    with explain(f"can't write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
 def save_grid(images, path, columns=None):
@@ -415,11 +392,13 @@ def save_grid(images, path, columns=None):
 def save_rows(images, path):
     """Save images as a grid with a row for each class, its name beside it."""
     save_grid(images, path, len(images) // len(CLASSES))
-    picture = ImageOps.expand(Image.open(path), (NAME_WIDTH, 0, 0, 0), "white")
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), NAME_SIZE)
+    width = max(math.ceil(font.getlength(f" {name} ")) for name in CLASSES)
+    picture = ImageOps.expand(Image.open(path), (width, 0, 0, 0), "white")
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(CLASSES):
-        place = (NAME_WIDTH, (row + 0.5) * picture.height / len(CLASSES))
-        draw.text(place, f"{name} ", "black", anchor="rm", font_size=NAME_SIZE)
+        place = (width, (row + 0.5) * picture.height / len(CLASSES))
+        draw.text(place, f"{name} ", "black", font, anchor="rm")
     picture.save(path)
 
 
@@ -440,172 +419,95 @@ def save_animation(folder):
 def save_losses(history, folder):
     """Save losses.csv and its plot."""
     with open(folder / "losses.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("epoch", "step", "discriminator_loss", "generator_loss"))
-        writer.writerows(history)
-
-    if "inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
-        del os.environ["MPLBACKEND"]  # a notebook's, which its `!uv run` inherits but can't load
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    epochs, _, losses_d, losses_g = zip(*history, strict=True) if history else [()] * 4
-    with style.context("default"):  # a user's style may need LaTeX
-        figure = Figure(layout="constrained")
-        axes = figure.add_subplot(title=SCRIPT, xlabel="epoch", ylabel="loss")
-        axes.plot(epochs, losses_d, label="discriminator")
-        axes.plot(epochs, losses_g, label="generator")
-        axes.legend()
-        figure.savefig(folder / "losses.png")
-
-
-def save_generator(generator, path):
-    """Save a generator as load_generator reads it: its arguments, classes and weights."""
-    arguments = {"latent_dim": generator.latent_dim, "width": generator.width, "classes": CLASSES}
-    save({**arguments, "generator": generator.state_dict()}, path)
-
-
-# ---- resuming a run
-
-PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]
-
-
-def save_checkpoint(gan, epoch, history, args):
-    """Save all that --resume needs."""
-    # numbers and bools are the run's settings; paths and the device may be others next time
-    flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
-    states = {name: getattr(gan, name).state_dict() for name in PARTS}
-    checkpoint = {"flags": flags, "epoch": epoch, "history": history, **states}
-    save(checkpoint, args.output_dir / "checkpoint.pt")
-
-
-def load_checkpoint(gan, checkpoint):
-    """Put a checkpoint's states into `gan`; return the epochs done and the rows of losses.csv."""
-    with explain("the checkpoint is of another script, --width or --latent-dim"):
-        for name in PARTS:
-            getattr(gan, name).load_state_dict(checkpoint[name])
-        gan.steps = checkpoint["history"][-1][1]
-        return checkpoint["epoch"], checkpoint["history"]
-
-
-# ---- command line
-
-
-def between(convert, low, high):
-    """Return an argparse type: an int or a float from `low` to below `high`."""
-
-    def number(text):
-        value = convert(text)
-        if not low <= value < high:  # NaN is refused too
-            raise argparse.ArgumentTypeError(f"must be at least {low} and below {high}")
-        return value
-
-    return number
+        header = ("epoch", "step", "discriminator_loss", "generator_loss")
+        csv.writer(file, lineterminator="\n").writerows([header, *history])
+    epochs, _, losses_d, losses_g = zip(*history, strict=True)
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="loss")
+    axes.plot(epochs, losses_d, label="discriminator")
+    axes.plot(epochs, losses_g, label="generator")
+    axes.legend()
+    figure.savefig(folder / "losses.png")
 
 
 def find_label(text):
-    """Return the label that `text` means: a name, a number or a name's beginning, in any case."""
-    text = text.lower()
-    names = [name.lower() for name in CLASSES]
-    if text in names:
-        return names.index(text)
-    if text in map(str, range(len(CLASSES))):
-        return int(text)
-    found = [label for label, name in enumerate(names) if name.startswith(text)]
-    if len(found) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} doesn't say which of {', '.join(CLASSES)}")
-    return found[0]
+    """Return the label of the class that `text` names, in any case, or numbers, for argparse."""
+    for names in ([name.lower() for name in CLASSES], [str(i) for i in range(len(CLASSES))]):
+        if text.lower() in names:
+            return names.index(text.lower())
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CLASSES)}")
 
 
-def make_parser():
-    """Return the command line's parser."""
+def count(text):
+    """Return a whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def bf16_is_fast(device):
+    """Return whether bf16 is fast: NVIDIA's cards from Ampere, CPUs with AMX, AMD's from Zen 4."""
+    if device.startswith("cuda"):
+        return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")  # Linux's: on other systems, CPUs compute in fp32
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    # Intel's AVX-512 alone was measured to be slower in bf16 than in fp32
+    fast = "amx_bf16" in text or ("AuthenticAMD" in text and "avx512_bf16" in text)
+    return device == "cpu" and fast
+
+
+def main(argv=None):
+    """Run a command line (default: the process's)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    count = between(int, 1, 10**6)
-    rate = between(float, 0, 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # other projects train for 200; the Frechet distance is 0.104 after 20 epochs, 0.055 after 48
     add("--epochs", type=count, default=48, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
     # the DCGAN paper has batches of 128 and lr 2e-4; here 5e-4 was better than 3e-4 from the start
-    add("--lr", type=rate, default=5e-4, help="Adam's learning rate (%(default)s)")
-    add("--beta1", type=rate, default=0.5, help="Adam's beta1 (%(default)s)")
+    add("--lr", type=float, default=5e-4, help="Adam's learning rate (%(default)s)")
+    add("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     add("--latent-dim", type=count, default=100, help="noise values of an image (%(default)s)")
-    # 10,000 times the seed, and an epoch, have to fit the CPU generator's 32 bits
-    add("--seed", type=between(int, 0, 400_000), default=0, help="random seed (%(default)s)")
+    add("--width", type=count, default=16, help="channels of the narrowest layer (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--device", default=device, help="cpu, cuda, cuda:1, mps (%(default)s)")
     bf16 = "compute in bf16 (default: where it's fast; with --resume, as the run began)"
     add("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
-    add("--data-dir", type=Path, default="data", help="where downloads go (%(default)s)")
-    add("--output-dir", type=Path, default=f"outputs/{SCRIPT}", help="for all else (%(default)s)")
+    # str, not Path: the checkpoint holds the flags, and weights_only=True refuses a Path
+    add("--data-dir", default="data", help="where downloads go (%(default)s)")
+    add("--output-dir", default=f"outputs/{Path(__file__).stem}", help="for all else (%(default)s)")
     add("--log-every", type=count, default=500, help="steps between loss lines (%(default)s)")
-    add("--width", type=count, default=16, help="channels of the narrowest layer (%(default)s)")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on with the output folder's run")
-    mode.add_argument("--generate", type=count, metavar="N", help="draw N images of each class")
-    add("--label", type=find_label, help="the one class to draw: a number, name or its beginning")
-    add("--weights", type=Path, help="generator for --generate (the output folder's)")
-    return parser
-
-
-def parse_args(argv):
-    """Return the command line's arguments; with --resume, the defaults are the run's own."""
-    parser = make_parser()
+    add("--resume", action="store_true", help="go on with the output folder's run")
+    add("--generate", type=count, metavar="N", help="draw N images of each class")
+    add("--label", type=find_label, help=f"with --generate, the one class: {', '.join(CLASSES)}")
+    add("--weights", help="generator for --generate (the output folder's)")
     args = parser.parse_args(argv)
-    if (args.weights or args.label is not None) and not args.generate:
+
+    checkpoint_path = Path(args.output_dir, "checkpoint.pt")
+    checkpoint = None
+    if args.generate:
+        weights = Path(args.weights or f"{args.output_dir}/generator.pt")
+        if not weights.exists():
+            parser.error(f"there is no {weights}: train first, or name weights with --weights")
+        return generate(weights, args)
+    if args.weights or args.label is not None:
         parser.error("--weights and --label go with --generate")
-    path = args.output_dir / "checkpoint.pt"
     if args.resume:
-        with explain(f"{path} holds no run to go on with: start one in another --output-dir"):
-            checkpoint = torch.load(path, "cpu", weights_only=True)
-            parser.set_defaults(**checkpoint["flags"], checkpoint=checkpoint)
-        args = parser.parse_args(argv)
-    elif not args.generate and any(args.output_dir.glob("*.pt")):
-        resume = "--resume, or " if path.exists() else ""
-        raise UsageError(f"{args.output_dir} holds *.pt: {resume}name another --output-dir")
-    with explain(f"can't compute on --device {args.device}"):
-        if launched_by_torchrun() and args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a card for each process
-        device = torch.zeros(1, device=args.device).device
+        if not checkpoint_path.exists():
+            parser.error(f"there is no {checkpoint_path} to go on from")
+        checkpoint = torch.load(checkpoint_path, "cpu", weights_only=True)
+        if checkpoint.get("classes") != CLASSES:
+            parser.error(f"{checkpoint_path} is of other classes")
+        parser.set_defaults(**{**checkpoint["args"], "output_dir": args.output_dir})
+        args = parser.parse_args(argv)  # again: the defaults are now the run's
+    elif any(Path(args.output_dir).glob("*.pt")):
+        parser.error(f"{args.output_dir} holds *.pt: --resume, or name another --output-dir")
     if args.bf16 is None:
-        args.bf16 = bf16_is_fast(device)
-    return args
-
-
-def bf16_is_fast(device):
-    """Return whether bf16 is fast: CUDA cards from Ampere on, CPUs with AMX, AMD's from Zen 4."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux's: on other systems, CPUs compute in fp32
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    # Intel's AVX-512 alone was measured to be slower in bf16 than in fp32
-    fast = re.search("amx_bf16|AuthenticAMD.*avx512_bf16", text, re.DOTALL)
-    return device.type == "cpu" and fast is not None
-
-
-def main(argv=None):
-    """Run a command line (default: the process's)."""
-    try:
-        args = parse_args(argv)
-        if args.generate:
-            generate(args)
-        else:
-            train(args)
-    except (UsageError, OSError) as error:
-        # without `from None`, IPython 8 would fail to show it
-        raise SystemExit(f"{SCRIPT}: error: {error}") from None
-
-
-def excepthook(kind, error, traceback):
-    """Print a line for Ctrl-C and a traceback for all else, as sys.excepthook."""
-    if kind is KeyboardInterrupt:
-        print("stopped; --resume goes on after the last finished epoch, if any", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+        args.bf16 = bf16_is_fast(args.device)
+    train(args, checkpoint)
 
 
 if __name__ == "__main__":
-    sys.excepthook = excepthook  # Python still dies of SIGINT, so that a shell's loop stops, too
     main()

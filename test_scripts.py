@@ -1,15 +1,13 @@
-"""Tests of the four scripts on tiny data sets made here: no network, no GPU, about a minute."""
+"""Tests of the four scripts on tiny data sets made here: no network, no GPU, under a minute."""
 
 import ast
 import copy
 import csv
-import functools
 import importlib
 import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -90,40 +88,17 @@ def run(script, data, tmp_path):
 
 @pytest.fixture
 def refused(run, capsys):
-    """Run a command line that must end with one line (or argparse's usage and one); return it."""
+    """Run a command line that must end with argparse's usage and one line; return the line."""
 
     def refused(*flags):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="2"):
             run(*flags)
-        if isinstance(stop.value.code, str):  # what Python prints, for a status of 1
-            line = stop.value.code
-            assert "\n" not in line and len(line) < 600
-            assert stop.value.__suppress_context__  # or IPython 8 shows an error of its own
-        else:
-            usage, *_, line = capsys.readouterr().err.splitlines()
-            assert usage.startswith("usage: ") and stop.value.code == 2
+        usage, *_, line = capsys.readouterr().err.splitlines()
+        assert usage.startswith("usage: ")
         return line
 
     return refused
-
-
-@pytest.fixture
-def at_step(script, monkeypatch):
-    """Let the n-th training step return `change(losses)`."""
-
-    def at_step(n, change, script=script):
-        step = script.GAN.step
-        calls = []
-
-        def changed(*args):
-            calls.append(args)
-            losses = step(*args)
-            return change(losses) if len(calls) == n else losses
-
-        monkeypatch.setattr(script.GAN, "step", changed)
-
-    return at_step
 
 
 def edited(name, *edits):
@@ -142,18 +117,11 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def tiny_gan(script, **options):
-    return script.GAN(script.Generator(width=4), script.Discriminator(width=4), **options)
-
-
 def random_batch(script, n):
     """Return random images and, for the conditional scripts, labels, as GAN.step takes them."""
-    shape = (3, 32, 32) if script.SCRIPT == "cgan_cifar10" else (1, 28, 28)
+    shape = (3, 32, 32) if script.__name__ == "cgan_cifar10" else (1, 28, 28)
     images = torch.rand(n, *shape) * 2 - 1
     return (images, torch.arange(n) % 10) if hasattr(script, "CLASSES") else (images,)
-
-
-# ---- networks and steps
 
 
 @pytest.mark.parametrize("script", NAMES[:2], indirect=True)
@@ -173,18 +141,24 @@ def test_losses_are_the_papers(script):
     assert script.generator_loss(torch.tensor([-200.0])) == 200  # Sigmoid + BCELoss stops at 100
 
 
-def test_a_step_moves_every_weight_and_the_average_follows(script):
-    generator = script.Generator(latent_dim=7, width=4).eval()  # as load_generator's are
-    gan = script.GAN(generator, script.Discriminator(width=4), lr=0.01)
+def test_a_step_moves_every_weight_but_frozen_ones_and_the_average_follows(script):
+    generator = script.Generator(latent_dim=12, width=4).eval()  # as load_generator's are
+    discriminator = script.Discriminator(width=4)
+    frozen = [*generator.network[0].parameters(), *discriminator.network[-1].parameters()]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    gan = script.GAN(generator, discriminator, lr=0.01)
     weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
     before = [weight.clone() for weight in weights]
     buffers = [value.clone() for value in generator.buffers()]
     gan.steps = 29
     losses = gan.step(*random_batch(script, 10))
     assert losses.shape == (2,) and losses.isfinite().all() and not losses.requires_grad
-    assert gan.steps == 30 and not any(map(torch.equal, before, weights))
+    assert gan.steps == 30
+    for then, now in zip(before, weights, strict=True):
+        assert torch.equal(then, now) != now.requires_grad
     assert not any(map(torch.equal, buffers, generator.buffers()))
-    share = 20 / (30 + 20) if script.SCRIPT == "dcgan_mnist" else 10 / (30 + 10)
+    share = 20 / (30 + 20) if script.__name__ == "dcgan_mnist" else 10 / (30 + 10)
     for average, then, now in zip(gan.average.parameters(), before, weights, strict=False):
         assert torch.allclose(average, torch.lerp(then, now, share), atol=1e-6)
     gan.update_bn(10, batches=2)
@@ -195,42 +169,33 @@ def test_a_step_moves_every_weight_and_the_average_follows(script):
 @conditional_only
 def test_a_step_asks_for_the_right_labels(script, monkeypatch):
     n, own, other = 800, torch.tensor(3.0), torch.tensor(-2.0)
-
-    def logits(discriminator, images):  # of one that takes all images for class 4's
-        gradient = 0 * (images.sum() + sum(map(torch.sum, discriminator.parameters())))
-        return torch.where(torch.arange(10) == 4, own, other).repeat(len(images), 1) + gradient
-
-    monkeypatch.setattr(script.Discriminator, "forward", logits)
-    gan = tiny_gan(script)
-    real = random_batch(script, n)[0]
+    gan = script.GAN(script.Generator(width=4), script.Discriminator(width=4), lr=1e-9)
+    last = gan.discriminator.network[-1]  # takes all images for class 4's
+    last.weight.data.zero_()
+    last.bias.data.copy_(torch.where(torch.arange(10) == 4, own, other))
     zero, one = script.generator_loss, lambda logits: script.generator_loss(-logits)
-    loss_d, _ = gan.step(real, torch.full((n,), 4))
-    share = {"cgan_cifar10": 2 * n, "cgan_fashion_mnist": n - 1}[script.SCRIPT]  # at the first step
-    assert torch.isclose(loss_d, zero(own) + (n * one(own) + share * one(other)) / (n + share))
-    gan.steps = 10**6
-    loss_d, loss_g = gan.step(real, torch.full((n,), 5))
-    low, high = zero(other) + one(other), zero(other) + one(own)  # some wrong labels are 4
-    assert low < loss_d < high and torch.isclose(loss_g, zero(other))
-    for n, share in ((800, 100), (7, 1)):  # no wrong label is 4
-        share = 2 * n if script.SCRIPT == "cgan_cifar10" else share
-        loss_d, loss_g = gan.step(real[:n], torch.full((n,), 4))
+    real = random_batch(script, n)[0]
+    shares = {"cgan_cifar10": (2 * n, 2 * n), "cgan_fashion_mnist": (n - 1, n // 8)}
+    for steps, share in zip((0, 10**6), shares[script.__name__], strict=True):
+        gan.steps = steps
+        losses = gan.step(real, torch.full((n,), 4))  # no wrong label is 4
         fakes = (n * one(own) + share * one(other)) / (n + share)
-        assert torch.isclose(loss_d, zero(own) + fakes) and torch.isclose(loss_g, zero(own))
+        assert torch.allclose(losses, torch.stack((zero(own) + fakes, zero(own))), atol=1e-4)
+    loss_d, loss_g = gan.step(real, torch.full((n,), 5))  # some are
+    assert zero(other) + one(other) < loss_d - 0.01 < zero(other) + one(own)
+    assert torch.isclose(loss_g, zero(other))
+    monkeypatch.setattr(script, "CLASSES", ["only"])
+    gan = script.GAN(script.Generator(width=4), script.Discriminator(width=4))
+    assert gan.step(real[:4], torch.zeros(4, dtype=torch.long)).isfinite().all()
 
 
 @cifar_only
 def test_the_discriminator_sees_shifted_images(script, monkeypatch):
     images = random_batch(script, 4)[0]
-    images[:, :, 16, 16] = 9
-    shifts = []
-    for _ in range(400):
-        seen = script.augment(images)
-        place = divmod(seen[0, 0].argmax().item(), 32)
-        shifts.append([pixel - 16 for pixel in place])  # down, and to the right
-        assert torch.equal(seen, images.roll(shifts[-1], dims=(2, 3)))
-    shifts = torch.tensor(shifts).double()
-    assert shifts.std(dim=0).min() > 0.8 and shifts.std(dim=0).max() < 1.3
-    assert (shifts.abs() < 2).double().mean() > 0.8  # most are small
+    rolled = [images.roll((i, j), dims=(2, 3)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    found = [[torch.equal(script.augment(images), other) for other in rolled] for _ in range(200)]
+    found = torch.tensor(found).sum(dim=0)
+    assert found.all() and found.argmax() == 4 and found.sum() > 130
 
     monkeypatch.setattr(script, "augment", lambda images: 0 * images)
     discriminator = script.Discriminator(width=4)
@@ -244,19 +209,16 @@ def test_the_discriminator_sees_shifted_images(script, monkeypatch):
     assert torch.equal(*losses)  # nothing is seen but what augment returns
 
 
-# ---- a run and what it leaves
-
-
 def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatch):
     # every third epoch's weights for every tenth's: fewer epochs to train
-    script = edited(script.SCRIPT, ("epoch % 10 == 0", "epoch % 3 == 0"))
+    script = edited(script.__name__, ("epoch % 10 == 0", "epoch % 3 == 0"))
     batches = []
     step = script.GAN.step
     monkeypatch.setattr(script.GAN, "step", lambda *args: batches.append(args[1:]) or step(*args))
     flags = "--batch-size 22 --log-every 3 --epochs 3 --no-bf16"
     run(*flags.split(), script=script)
     printed = capsys.readouterr()
-    assert f"cpu, fp32, to {tmp_path / 'out'}\n" in printed.out
+    assert f"on cpu in fp32, to {tmp_path / 'out'}\n" in printed.out
     lines = re.findall(r"Step (\d+): Generator loss: \S+, discriminator loss: \d", printed.out)
     assert lines[:4] == ["3", "5", "8", "10"]
     assert "\r" not in printed.out + printed.err  # no frames of a bar outside a terminal
@@ -270,9 +232,6 @@ def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatc
     run("--generate", 2)
     run("--generate", 2, "--weights", out / "weights/epoch_0003.pt")
     pictures = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    cell = 2 * real.shape[-1] + 2
-    rows, names = (10, 100) if labels else (1, 0)
-    assert Image.open(pictures[0]).size == (names + 2 * cell + 2, rows * cell + 2)
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.*")} == {
         *("real.png", "samples.gif", "losses.csv", "losses.png", "generator.pt", "checkpoint.pt"),
         *(f"samples/epoch_{epoch:04}.png" for epoch in range(4)),
@@ -285,18 +244,25 @@ def test_a_run_leaves_what_it_promises(script, run, tmp_path, capsys, monkeypatc
     assert b"\r" not in (out / "losses.csv").read_bytes()
     run("--generate", 10 if labels else 64)  # the last grid's noise, through the average
     assert pictures[0].read_bytes() == (out / "samples/epoch_0003.png").read_bytes()
-    red, *_ = Image.open(out / "real.png").convert("RGB").getpixel((names + 3, 3))
-    assert red == 0  # the first image's label is 0, and so is its top row
+    cell = 2 * real.shape[-1] + 2
+    picture = Image.open(out / "real.png").convert("RGB")
+    assert picture.height == (10 if labels else 8) * cell + 2
+    for row in range(10 if labels else 1):  # an image's top row shows its label
+        red, *_ = picture.getpixel((picture.width - cell, row * cell + 3))
+        assert red == (row if labels else 7)
 
 
 def test_generate_makes_what_the_shipped_weights_hold(script, run, tmp_path, capsys):
-    path = WEIGHTS / f"{script.SCRIPT}.pt"
+    path = WEIGHTS / f"{script.__name__}.pt"
     generator = script.load_generator(path)
     assert not generator.training
-    flags, labels = [], []
+    cases, labels = [[]], []
     if hasattr(script, "CLASSES"):
-        flags, labels = ["--label", 1], [torch.ones(4, dtype=torch.long)]
-    for seed in (5, 6):
+        cases, labels = (
+            [["--label", script.CLASSES[1].upper()], ["--label", 1]],
+            [torch.ones(4).long()],
+        )
+    for seed, flags in enumerate(cases * 2, 5):
         run("--generate", 4, *flags, "--seed", seed, "--weights", path)
         picture = Path(capsys.readouterr().out.strip())
         torch.manual_seed(seed)
@@ -306,15 +272,16 @@ def test_generate_makes_what_the_shipped_weights_hold(script, run, tmp_path, cap
         assert picture.read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert 0 <= images.min() < 0.1 and 0.9 < images.max() <= 1  # all of the scale
     assert images.std(dim=0).mean() > 0.05
+    assert torch.equal(script.sample(generator, noise.double(), *labels), images)  # as NumPy's is
     if labels:  # a row is of its class, a column of one noise
         run("--generate", 4, "--seed", seed, "--weights", path)
-        cell = 2 * images.shape[-1] + 2
-        place = (100, cell, 100 + 4 * cell + 2, 2 * cell + 2)
-        row = Image.open(capsys.readouterr().out.strip()).crop(place)
-        script.save_grid(images, tmp_path / "row.png", columns=4)
-        difference = pil_to_tensor(row).int() - pil_to_tensor(Image.open(tmp_path / "row.png"))
-        assert difference.abs().max() <= 1
-    half = script.sample(generator.half(), noise.half(), *labels)
+        grid = pil_to_tensor(Image.open(capsys.readouterr().out.strip()))
+        size = images.shape[-1]
+        for column, image in enumerate(images):
+            left = grid.shape[-1] + (column - 4) * (2 * size + 2)
+            shown = grid[: len(image), 2 * size + 4 :: 2, left::2][:, :size, :size] / 255
+            assert (shown - image).abs().max() < 0.01
+    half = script.sample(generator.half(), noise, *labels)
     assert half.dtype == torch.float16 and (half - images).abs().mean() < 0.01
 
 
@@ -327,51 +294,59 @@ def test_bf16_trains_and_samples_are_of_fp32(script, run, tmp_path):
     assert 0 < (weights - others).abs().max() < 0.05
     means = [value for name, value in ours["generator"].items() if name.endswith("running_mean")]
     assert all(map(torch.any, means))  # BatchNorm's, of what the average generates
-    half = {name: value.half() for name, value in ours["generator"].items()}
-    torch.save({**ours, "generator": half}, tmp_path / "half.pt")
-    assert script.load_generator(tmp_path / "half.pt").network[0].weight.dtype == torch.float32
-
-
-# ---- resume: exact, and nothing is lost
 
 
 def outcome(folder):
     """Return what a run leaves: its checkpoint but for the flags, and its other files' bytes."""
     checkpoint = load(folder / "checkpoint.pt")
-    del checkpoint["flags"]
+    for name in ("args", "classes"):
+        checkpoint.pop(name, None)
     files = sorted(path for path in folder.rglob("*.*") if path.suffix != ".pt")
     return checkpoint, {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def test_a_run_resumes_exactly(run, script, data, tmp_path, at_step):
-    scheduled = edited(script.SCRIPT, ("lr=args.lr, betas", "lr=args.lr / epoch, betas"))
-    place = ["--data-dir", str(data), "--device", "cpu", "--output-dir"]
-    flags = ["--epochs", "2", "--seed", "3", "--width", "4", "--batch-size", "60"]
+def test_a_run_resumes_exactly(script, data, tmp_path):
+    own_flag = '    add("--loss", default="bce")\n    add("--resume"'
+    schedule = ("lr=args.lr, betas", "lr=args.lr / epoch, betas")
+    edits = [('    add("--resume"', own_flag), schedule]
+    changed = edited(script.__name__, *edits)
+    flags = f"--data-dir {data} --device cpu --epochs 2 --seed 3 --width 4 --batch-size 60"
+    flags += " --loss hinge --output-dir"
     whole, out = tmp_path / "whole", tmp_path / "out"
-    scheduled.main([*place, str(whole), *flags])
-    at_step(4, Mock(side_effect=KeyboardInterrupt), scheduled)  # the last step of epoch 2
-    with pytest.raises(KeyboardInterrupt):
-        scheduled.main([*place, str(out), *flags])
+    changed.main([*flags.split(), str(whole)])
+    end = "        save_losses(history, folder)\n"
+    killed = edited(script.__name__, *edits, (end, f"{end}        assert epoch == 1\n"))
+    with pytest.raises(AssertionError):
+        killed.main([*flags.split(), str(out)])
     assert load(out / "checkpoint.pt")["epoch"] == 1
-    scheduled.main([*place, str(out), "--resume"])  # the run's own epochs, seed, width, batch size
+    changed.main(["--output-dir", str(out), "--resume"])  # all else as the run began
     torch.testing.assert_close(outcome(out)[0], outcome(whole)[0], rtol=0, atol=0)
     assert outcome(out)[1] == outcome(whole)[1]
-    rates = [load(out / "checkpoint.pt")[f"optimizer_{x}"]["param_groups"][0]["lr"] for x in "gd"]
-    assert rates == [script.make_parser().get_default("lr") / 2] * 2
+    checkpoint = load(out / "checkpoint.pt")
+    assert checkpoint["args"]["loss"] == "hinge"
+    for optimizer in ("optimizer_g", "optimizer_d"):
+        rate = checkpoint["gan"][optimizer]["param_groups"][0]["lr"]
+        assert rate == checkpoint["args"]["lr"] / 2
 
 
-def test_resume_takes_new_flags(run, tmp_path, refused):
+def test_resume_takes_new_flags(script, run, tmp_path, refused, monkeypatch):
     run("--seed", 7)
     assert "--resume" in refused("--seed", 7)
-    assert "--width" in refused("--resume", "--width", 9)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run("--resume", "--width", 9)
     flags = "--resume --epochs 2 --lr 0.000123 --beta1 0.9 --log-every 1 --batch-size 40"
     run(*flags.split())
     checkpoint = load(tmp_path / "out/checkpoint.pt")
-    assert checkpoint["epoch"] == 2 and checkpoint["flags"]["seed"] == 7
+    assert checkpoint["epoch"] == 2 and checkpoint["args"]["seed"] == 7
     assert [row[1] for row in checkpoint["history"]] == [2, 3, 4, 5]
     for name in ("optimizer_g", "optimizer_d"):
-        (group,) = checkpoint[name]["param_groups"]
+        (group,) = checkpoint["gan"][name]["param_groups"]
         assert (group["lr"], tuple(group["betas"])) == (0.000123, (0.9, 0.999))
+    if hasattr(script, "CLASSES"):
+        monkeypatch.setattr(script, "CLASSES", script.CLASSES[::-1])
+        assert "other classes" in refused("--resume")
+        with pytest.raises(ValueError, match="other classes"):
+            run("--generate", 1)
 
 
 def test_a_save_cut_short_leaves_the_old_file(script, tmp_path, monkeypatch):
@@ -381,20 +356,17 @@ def test_a_save_cut_short_leaves_the_old_file(script, tmp_path, monkeypatch):
 
     (tmp_path / "generator.pt").write_bytes(b"old")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(script.UsageError, match="generator.pt.*No space"):
+    with pytest.raises(RuntimeError, match="No space"):
         script.save({}, tmp_path / "generator.pt")
     assert (tmp_path / "generator.pt").read_bytes() == b"old"
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(run, refused, at_step, tmp_path):
+def test_nan_stops_the_run_and_keeps_the_checkpoint(script, run, tmp_path, monkeypatch):
     run()
-    at_step(1, lambda losses: losses * float("nan"))
-    line = refused("--resume", "--epochs", 2)
-    assert "step 4" in line and "--lr" in line  # noticed at the epoch's end
+    monkeypatch.setattr(script, "generator_loss", lambda logits: logits.mean() * float("nan"))
+    with pytest.raises(FloatingPointError, match="--lr"):
+        run("--resume", "--epochs", 2)  # noticed at the epoch's end
     assert load(tmp_path / "out/checkpoint.pt")["epoch"] == 1
-
-
-# ---- the machine
 
 
 WORKER = """
@@ -403,6 +375,7 @@ from torchvision.datasets import cifar
 import cgan_cifar10 as script
 
 def step(gan, real, labels, step=script.GAN.step):
+    gan.discriminator.network[0].requires_grad_(False)  # a frozen layer
     seen.append((gan, real, torch.get_rng_state()))
     return step(gan, real, labels)
 
@@ -431,82 +404,10 @@ def test_two_processes_train_one_gan(run, data, tmp_path, monkeypatch):
     assert all(map(torch.equal, *weights))
     assert not torch.equal(*random)
     assert len(torch.cat(real).unique(dim=0)) == N  # half of them each
+    run("--output-dir", tmp_path / "one")  # each process had images of five classes only
+    assert Path("out/real.png").read_bytes() == Path("one/real.png").read_bytes()
     run("--resume", "--epochs", 2)  # a checkpoint of two processes goes on in one
-    assert load(tmp_path / "out/checkpoint.pt")["epoch"] == 2
-
-
-@cifar_only
-def test_a_launchers_variables_alone_start_no_process_group(run, tmp_path, monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "x")):
-        monkeypatch.setenv(name, value)
-    run()
-    assert (tmp_path / "out/generator.pt").exists()
-
-
-def python(code, **variables):
-    """Run code in a Python of its own, with further environment variables; return its result."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **variables}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("installed", [False, True])
-def test_a_notebooks_backend(installed, tmp_path):
-    """Where it's missing, its `!python` still runs; where it isn't, the user's plots appear."""
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    package = tmp_path / "matplotlib_inline"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "backend_inline.py").write_text("from matplotlib.backends.backend_agg import *")
-    information = tmp_path / "matplotlib_inline-0.1.7.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Name: matplotlib-inline\nVersion: 0.1.7\n")
-    entry = "[matplotlib.backend]\ninline = matplotlib_inline.backend_inline\n"
-    (information / "entry_points.txt").write_text(entry)
-    found, hidden = f"sys.path.append({str(tmp_path)!r})", "sys.modules['matplotlib_inline'] = None"
-    code = f"import sys\n{found if installed else hidden}\nimport {NAMES[0]} as script\n"
-    code += f"script.save_losses([(1.0, 5, 1.4, 0.7)], script.Path({str(tmp_path)!r}))\n"
-    code += "from matplotlib import pyplot\npyplot.figure()\nprint(pyplot.get_backend())"
-    inline = "module://matplotlib_inline.backend_inline"
-    done = python(code, MPLBACKEND=inline, MATPLOTLIBRC=str(tmp_path))
-    assert ("inline" in done.stdout) == installed and not done.returncode, done.stderr
-    assert (tmp_path / "losses.png").exists()
-
-
-def test_a_broken_matplotlib_is_noticed_before_the_first_step(run, at_step, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    at_step(1, pytest.fail)
-    with pytest.raises(ImportError):
-        run()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has another status")
-@pytest.mark.parametrize("script", NAMES[:1], indirect=True)
-def test_ctrl_c_gets_one_line_and_ends_a_shells_loop(script, data, tmp_path):
-    flags = f"--data-dir {data} --output-dir {tmp_path}/out --width 4 --batch-size 60 --epochs 9999"
-    command = [sys.executable, HERE / f"{script.SCRIPT}.py", *flags.split()]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, too
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
-        while "Step 6:" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
-    assert "--resume" in errors and errors.count("\n") == 1
-    assert load(tmp_path / "out/checkpoint.pt")["epoch"] >= 2
-
-
-@pytest.mark.parametrize("script", NAMES[:1], indirect=True)
-def test_a_closed_pipe_gets_no_traceback(script, data, tmp_path):
-    flags = f"--data-dir {data} --output-dir {tmp_path}/out --width 4 --batch-size 60".split()
-    code = "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
-    code += f"import {script.SCRIPT} as script\nscript.main({flags})"
-    errors = python(code).stderr
-    assert "error: [Errno" in errors and "Traceback" not in errors
-
-
-# ---- what is refused
+    assert load("out/checkpoint.pt")["epoch"] == 2
 
 
 class Payload:
@@ -514,131 +415,91 @@ class Payload:
         return sys.exit, ("the code in the file was run",)
 
 
-def test_damaged_foreign_and_hostile_files_are_refused(script, run, tmp_path, refused):
-    run()
+def test_foreign_and_hostile_files_are_refused(script, run, tmp_path):
     for name in NAMES:
-        if name != script.SCRIPT:
-            line = refused("--generate", 1, "--weights", WEIGHTS / f"{name}.pt")
-            assert f"no generator of {script.SCRIPT}.py" in line
-    cases = [("generator", "--generate", 1), ("checkpoint", "--resume", "--epochs", 2)]
-    for name, *flags in cases:
-        path = tmp_path / f"out/{name}.pt"
-        saved = load(path)
-        os.truncate(path, os.path.getsize(path) // 2)
-        assert str(path) in refused(*flags)
-        for content in ({**saved, "generator": Payload()}, [1]):
-            torch.save(content, path)
-            assert str(path) in refused(*flags)
-        os.remove(path)
-        assert str(path) in refused(*flags)
-    saved = load(WEIGHTS / f"{script.SCRIPT}.pt")
-    torch.save({**saved, "latent_dim": 10**12}, path)
-    assert "size mismatch" in refused("--generate", 1, "--weights", path)  # not "can't allocate"
-    if "classes" in saved:
-        torch.save({**saved, "classes": saved["classes"][::-1]}, path)
-        assert "other classes" in refused("--generate", 1, "--weights", path)
+        if name != script.__name__:
+            with pytest.raises((RuntimeError, TypeError, ValueError)):
+                run("--generate", 1, "--weights", WEIGHTS / f"{name}.pt")
+    (tmp_path / "out").mkdir()
+    for name, flags in (("generator", ("--generate", 1)), ("checkpoint", ("--resume",))):
+        torch.save({"generator": Payload()}, tmp_path / f"out/{name}.pt")
+        with pytest.raises(pickle.UnpicklingError):
+            run(*flags)
 
 
-def test_data_that_cannot_be_read_or_downloaded(data, tmp_path, refused):
-    broken = shutil.copytree(data, tmp_path / "truncated")
-    for path in [*broken.glob("*/raw/train-*"), *broken.glob("*/data_batch_*")]:
-        os.truncate(path, 100)
-    (tmp_path / "file").touch()
-    for folder in (broken, tmp_path / "missing", tmp_path / "file"):
-        line = refused("--data-dir", folder)
-        assert str(folder) in line and ".gz" in line
-    assert str(tmp_path / "file") in refused("--output-dir", tmp_path / "file/below")
+WRONG = """--epochs 0|--epochs x|--batch-size 0|--lr x|--latent-dim 0|--seed x|--generate 0
+--weights x.pt|--no-such-flag|--label x|--label 1|--resume|--generate 1"""
 
 
-WRONG = """--epochs 0|--epochs x|--batch-size 0|--batch-size 121|--lr nan|--lr x|--beta1 1
---latent-dim 0|--width 0|--seed -1|--seed 400000|--log-every 0|--generate 0|--device abacus
---device cuda:99|--device xla|--weights x.pt|--no-such-flag|--label x|--label 1
---generate 1 --resume"""
-
-
-def test_wrong_flags_are_refused(script, tmp_path, refused, monkeypatch):
+def test_wrong_flags_are_refused(script, run, tmp_path, refused, monkeypatch):
     for flags in re.split(r"[|\n]", WRONG):
-        assert flags.split()[0] in refused(*flags.split()), flags
-    if script.SCRIPT == "mlp_gan_mnist":  # BatchNorm of single values needs two images
-        assert "--batch-size" in refused("--batch-size", 1)
-    if script.SCRIPT != "cgan_cifar10":
+        line = refused(*flags.split())
+        assert flags.split()[0] in line or "there is no" in line
+    with pytest.raises(ValueError, match="--batch-size 121"):
+        run("--batch-size", 121)
+    if script.__name__ != "cgan_cifar10":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
         assert "cgan_cifar10.py" in refused()
         monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    out = tmp_path / "out"
-    assert not out.exists()
-    out.mkdir()
-    (out / "generator.pt").touch()  # without its checkpoint
-    assert "--output-dir" in refused("--resume") and "--resume" not in refused()
-    (out / "checkpoint.pt").touch()
-    assert "--output-dir" in refused("--resume") and "--resume" in refused()
+    if hasattr(script, "CLASSES"):
+        monkeypatch.setattr(script, "CLASSES", [*script.CLASSES, "unicorn"])
+        with pytest.raises(ValueError, match="unicorn"):
+            run()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/generator.pt").touch()
+    assert "--output-dir" in refused()
 
 
-@conditional_only
-def test_a_label_is_a_name_a_number_or_a_beginning(script, refused, monkeypatch):
-    for text in ("", "10", "unicorn"):
-        line = refused("--generate", 1, "--label", text)
-        assert all(name in line for name in script.CLASSES)
-    monkeypatch.setattr(script, "CLASSES", ["2", "bear", "Bear_polar", "cat"])
-    for text, label in zip(("2", "1", "bear", "BEAR_P", "3", "c"), (0, 1, 1, 2, 3, 3), strict=True):
-        assert script.find_label(text) == label
+def test_importing_prints_nothing_and_leaves_plots_alone():
+    code = f"import sys, {', '.join(NAMES)}; assert 'matplotlib.pyplot' not in sys.modules"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
 
-
-@conditional_only
-def test_one_class_has_no_wrong_labels(script, monkeypatch):
-    monkeypatch.setattr(script, "CLASSES", ["only"])
-    loss = Mock(wraps=script.discriminator_loss)
-    monkeypatch.setattr(script, "discriminator_loss", loss)
-    tiny_gan(script).step(random_batch(script, 6)[0], torch.zeros(6, dtype=torch.long))
-    real_logits, fake_logits = loss.call_args.args
-    assert real_logits.shape == fake_logits.shape == (6,)
-
-
-def test_a_mistake_in_ones_own_code_keeps_its_traceback(script, run, monkeypatch):
-    monkeypatch.setattr(script.Generator, "forward", lambda *given: undefined_name)  # noqa: F821
-    with pytest.raises(NameError):
-        run()
-
-
-# ---- the collection
 
 # These may differ between the four files; anything else has the same text wherever it stands.
-OWN = """Generator Discriminator GAN __init__ forward step update_bn train_epoch train load_images
-sample load_generator generate save_generator make_parser parse_args"""
+OWN = """Generator Discriminator GAN __init__ forward step update_bn train load_images sample
+load_generator generate main"""
 
 
 def test_shared_parts_are_the_same_text():
-    texts, ends = {}, set()
+    texts = {}
     requirements = (HERE / "requirements.txt").read_text().split()
     for name in NAMES:
         code = (HERE / f"{name}.py").read_text(encoding="utf-8")
         assert not re.search(rf"^(from|import) ({'|'.join(NAMES)})\b", code, re.MULTILINE)
-        dependencies = re.search(r"^# dependencies = (\[.*?\])", code, re.DOTALL | re.MULTILINE)[1]
-        assert ast.literal_eval(dependencies.replace("#", "")) == requirements[:-1]
-        ends.add(code.rpartition("\n\n\n")[2])
+        metadata = re.sub("^# ?", "", code.partition("# ///\n")[0], flags=re.MULTILINE)
+        dependencies = ast.literal_eval(metadata.partition("dependencies = ")[2])
+        assert dependencies == [*requirements[:-1], "matplotlib-inline"]
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN.split():
                 text = ast.get_source_segment(code, node)
                 assert texts.setdefault(node.name, text) == text, (name, node.name)
-    assert len(ends) == 1
 
 
-def test_readmes_commands_flags_defaults_and_links_are_real():
-    parsers = {name: importlib.import_module(name).make_parser() for name in NAMES}
-    docs = "".join(importlib.import_module(name).__doc__ for name in NAMES)
+def test_readmes_commands_flags_defaults_and_links_are_real(capsys):
+    def helped(name, *flags):
+        with pytest.raises(SystemExit, match="0"):  # argparse checks values, but not names
+            importlib.import_module(name).main([*flags, "--help"])
+        return capsys.readouterr().out
+
+    helps = {name: helped(name) for name in NAMES}
+    helps["my_gan"] = helps["cgan_cifar10"]
     # after a command, two spaces and what it does
     command = r"^    (?:python|uv run|torchrun [^.]*?) (\w+)\.py(.*?)(?:  |$)"
-    commands = re.findall(command, README + docs, re.MULTILINE)
-    defaults = re.findall(r"^\| \[\w+\]\((\w+)\.py\) \| (\d+) \| ", README, re.MULTILINE)
-    assert len(commands) >= 17 and len(defaults) == 4
-    parsers["my_gan"] = parsers["cgan_cifar10"]
-    for name, flags in commands:
-        parsers[name].parse_args(flags.split())
-    for name, epochs in defaults:
-        assert parsers[name].get_default("epochs") == int(epochs)
-    helps = "".join(parser.format_help() for parser in parsers.values())
-    known = helps + "--index-url --standalone --nproc-per-node --with-requirements"
+    commands = re.findall(command, README + "".join(helps.values()), re.MULTILINE)
+    assert len(commands) >= 17
     flag = r"--[a-z][a-z0-9-]*"
+    for name, flags in commands:
+        helped(name.replace("my_gan", "cgan_cifar10"), *flags.split())
+        assert set(re.findall(flag, flags)) <= set(re.findall(flag, helps[name]))
+    defaults = re.findall(r"^\| \[\w+\]\((\w+)\.py\) \| (\d+) \| ", README, re.MULTILINE)
+    assert len(defaults) == 4
+    for name, epochs in defaults:
+        assert re.search(rf"--epochs EPOCHS[^-]*\({epochs}\)", helps[name])
+    known = "".join(helps.values())
+    known += "--index-url --standalone --nproc-per-node --with-requirements --teach"
     assert set(re.findall(flag, README)) <= set(re.findall(flag, known))
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (HERE / link).exists(), link
@@ -658,12 +519,14 @@ def test_readmes_examples_run(data, tmp_path, monkeypatch):
     shutil.copytree(WEIGHTS, tmp_path / ".github/weights")
     shutil.copytree(data, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    picture, loop = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
-    assert "range(1000)" in loop
-    for example, name, count in ((picture, "images", 8), (loop.replace("1000", "3"), "digits", 16)):
-        names = {}
-        exec(example, names)
-        assert names[name].shape == (count, 1, 28, 28) and names[name].std() > 0
+    files, loop = re.findall(r"```python\n(import .*?)```", README, re.DOTALL)
+    assert "10_000" in files and "range(1000)" in loop
+    exec(files.replace("10_000", "1_000"), {})
+    paths = list(tmp_path.rglob("*.png"))
+    assert len(paths) == 1_000 and Image.open(paths[0]).size == (28, 28)
+    names = {}
+    exec(loop.replace("1000", "3"), names)
+    assert names["digits"].shape == (16, 1, 28, 28) and names["digits"].std() > 0
 
 
 def own_script(classes, *edits, size="32"):
@@ -678,7 +541,7 @@ def own_script(classes, *edits, size="32"):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Make pictures of two classes, as people have them: red above or on the left, blue below."""
+    """Make pictures of two classes, as people have them: red above, blue below, or see-through."""
     folder = tmp_path / "pictures"
     for name in ("bear", "bear_polar"):
         (folder / name).mkdir(parents=True)
@@ -688,34 +551,31 @@ def pictures(tmp_path):
     turned[0x0112] = 6  # EXIF's orientation: what is shown on the left is above
     upright.save(folder / "bear/1.png")
     upright.rotate(90, expand=True).save(folder / "bear/2.jpg", exif=turned)
-    upright.convert("P").save(folder / "bear/3.png")
-    upright.convert("CMYK").save(folder / "bear/4.jpg")
     Image.new("RGBA", (50, 40), (9, 9, 9, 0)).save(folder / "bear_polar/snow.png")
     (folder / "bear_polar/notes.txt").touch()
     return folder
 
 
-def test_readmes_block_reads_what_folders_hold(pictures, capsys, tmp_path):
+def test_readmes_block_reads_what_folders_hold(pictures, capsys):
     script = own_script(["bear", "bear_polar"])
     images, labels = script.load_images(pictures)
-    assert capsys.readouterr().out == "images: {'bear': 4, 'bear_polar': 1}\n"
-    assert len(images) == len(labels) > 31_000 and labels[:5].tolist() == [0, 0, 0, 0, 1]
-    for image in images[:4].float():
+    assert "images: {'bear': 2, 'bear_polar': 1}\n" in capsys.readouterr().out
+    assert images.dtype == torch.uint8 and len(images) == len(labels) > 31_000
+    for image, label in zip(images[:6].float(), labels, strict=False):
         red, blue = image[:, 3, 16], image[:, 28, 16]
-        assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]
-    assert images[4].min() == 255
-    for name, mode in (("grey.png", "I;16"), ("scan.tif", "F"), ("half.jpg", "RGB")):
+        assert red.min() == 255 if label else red[0] > 200 > 60 > red[2]
+        assert blue.min() == 255 if label else blue[2] > 200 > 60 > blue[0]
+    for name, mode in (("grey.png", "I;16"), ("half.jpg", "RGB")):
         path = pictures / "bear" / name
         Image.new(mode, (400, 400)).save(path)
         if mode == "RGB":
             os.truncate(path, os.path.getsize(path) // 2)
-        with pytest.raises(script.UsageError, match=name):
+        with pytest.raises((ValueError, OSError), match=name):
             script.load_images(pictures)
         path.unlink()
     (pictures / "empty").mkdir()
-    for folder, message in ((pictures, "empty"), (tmp_path / "none", "none")):
-        with pytest.raises(script.UsageError, match=message):
-            script.load_images(folder)
+    with pytest.raises((ValueError, OSError), match="empty"):
+        script.load_images(pictures)
 
 
 @pytest.mark.parametrize(("size", "classes"), [("32", ["bear"]), ("64", ["bear", "bear_polar"])])
@@ -723,17 +583,12 @@ def test_readmes_block_trains(size, classes, pictures, tmp_path, monkeypatch):
     table = re.findall(r"^\| `(nn.*)` \| `(nn.*)` \|$", README, re.MULTILINE)
     assert len(table) == 2
     script = own_script(classes, *(table if size == "64" else ()), size=size)
-    for folder in pictures.iterdir():
-        if folder.name not in classes:
-            shutil.rmtree(folder)
+    if classes == ["bear"]:
+        shutil.rmtree(pictures / "bear_polar")
     loaded = [part[:22] for part in script.load_images(pictures)]
     monkeypatch.setattr(script, "load_images", lambda folder: loaded)
-    out = tmp_path / "out"
-    flags = f"--device cpu --epochs 1 --width 4 --batch-size 22 --output-dir {out}"
+    flags = f"--device cpu --epochs 1 --width 4 --batch-size 22 --output-dir {tmp_path}/out"
     script.main(flags.split())
-    generator = script.load_generator(out / "generator.pt")
+    generator = script.load_generator(tmp_path / "out/generator.pt")
     images = script.sample(generator, torch.randn(2, 100), torch.tensor([0, 0]))
     assert images.shape == (2, 3, int(size), int(size))
-    cell = 2 * int(size) + 2  # in real.png, a row for each name
-    expected = (100 + 10 * cell + 2, len(classes) * cell + 2)
-    assert Image.open(out / "real.png").size == expected

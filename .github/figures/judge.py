@@ -202,7 +202,7 @@ def main():
 
     sys.path.insert(0, str(args.script.parent))
     script = importlib.import_module(args.script.stem)
-    dataset = DATASETS[script.SCRIPT]
+    dataset = DATASETS[args.script.stem]
     classifier = load_classifier(dataset.__name__)
     images, labels = generate(script, script.load_generator(args.weights), N)
     test, test_labels = test_images(dataset, args.data_dir)

@@ -3,17 +3,15 @@
 
     python .github/figures/pace.py dcgan_mnist.py
 
-trains on the first 12,800 images, in turn, by the script's own train_epoch and by the usual loop
-around the same networks: fp32, a DataLoader, Adam as it comes, the losses read after each step.
-What else the script does, as averaging its weights, counts against it. For each round it prints
-images/s of both and their ratio, and then the ratios' median. Nothing else should run meanwhile.
+trains on the first 12,800 images, in turn, by the script's GAN.step and update_bn and by the usual
+loop around the same networks: fp32, a DataLoader, Adam as it comes, the losses read after each
+step. What else the script does, as averaging its weights, counts against it. For each round it
+prints images/s of both and their ratio, and then the ratios' median. Nothing else should run
+meanwhile. The README's minutes are the images of a run divided by the script's images/s.
 """
 
 import argparse
-import contextlib
 import importlib
-import io
-import os
 import statistics
 import sys
 import time
@@ -29,16 +27,15 @@ N = 12_800
 
 
 class PlainLoop:
-    def __init__(self, script, args):
-        to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
-        dataset = DATASETS[script.SCRIPT](args.data_dir, transform=to_tensor)
-        self.loader = DataLoader(Subset(dataset, range(N)), args.batch_size, shuffle=True)
+    def __init__(self, script, dataset, batch_size):
+        self.loader = DataLoader(Subset(dataset, range(N)), batch_size, shuffle=True)
         self.script = script
-        self.generator = script.Generator(args.latent_dim, args.width)
-        self.discriminator = script.Discriminator(args.width)
-        adam = {"lr": args.lr, "betas": (args.beta1, 0.999)}
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
-        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), **adam)
+        self.generator = script.Generator()
+        self.discriminator = script.Discriminator()
+        self.optimizer_g = torch.optim.Adam(
+            self.generator.parameters(), lr=2e-4, betas=(0.5, 0.999)
+        )
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), 2e-4, (0.5, 0.999))
 
     def judge(self, images, labels):
         logits = self.discriminator(images)
@@ -69,11 +66,18 @@ class PlainLoop:
             self.step(real, labels)
 
 
+def train_epoch(gan, data, batch_size):
+    """Train as the script does, without its loss lines."""
+    for indices in torch.randperm(N).split(batch_size)[: N // batch_size]:
+        real, *labels = (part[indices] for part in data)
+        gan.step(real / 127.5 - 1, *labels)
+    gan.update_bn(batch_size)
+
+
 def pace(train_epoch, *args):
     """Return the images/s of one epoch."""
     start = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):  # no loss lines
-        train_epoch(*args)
+    train_epoch(*args)
     return N / (time.perf_counter() - start)
 
 
@@ -83,20 +87,25 @@ def main():
     )
     parser.add_argument("script", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    options, flags = parser.parse_known_args()  # other flags, as --batch-size, are the script's
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--data-dir", default="data")
+    bf16 = "compute in bf16 (default: where the script does)"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
+    args = parser.parse_args()
 
-    sys.path.insert(0, str(options.script.parent))
-    script = importlib.import_module(options.script.stem)
-    args = script.parse_args([*flags, "--device", "cpu", "--output-dir", os.devnull])
+    sys.path.insert(0, str(args.script.parent))
+    script = importlib.import_module(args.script.stem)
     loaded = script.load_images(args.data_dir)
     loaded = loaded if isinstance(loaded, tuple) else (loaded,)
     data = [part[:N] for part in loaded]
-    networks = [script.Generator(args.latent_dim, args.width), script.Discriminator(args.width)]
-    gan = script.GAN(*networks, args.lr, args.beta1, args.bf16)
-    plain = PlainLoop(script, args)
+    bf16 = script.bf16_is_fast("cpu") if args.bf16 is None else args.bf16
+    gan = script.GAN(script.Generator(), script.Discriminator(), bf16=bf16)
+    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    dataset = DATASETS[args.script.stem](args.data_dir, transform=to_tensor)
+    plain = PlainLoop(script, dataset, args.batch_size)
     ratios = []
-    for epoch in range(options.rounds + 1):
-        ours = pace(script.train_epoch, gan, *data, epoch + 1, args)
+    for epoch in range(args.rounds + 1):
+        ours = pace(train_epoch, gan, data, args.batch_size)
         theirs = pace(plain.train_epoch)
         if epoch == 0:
             continue  # both were warming up

@@ -56,17 +56,18 @@ def main():
     args = parser.parse_args()
 
     sys.path.insert(0, str(args.script.parent))
-    script = importlib.import_module(args.script.stem)
-    folder = args.output_dir or Path("outputs", script.SCRIPT)
+    name = args.script.stem
+    script = importlib.import_module(name)
+    folder = args.output_dir or Path("outputs", name)
     classes = getattr(script, "CLASSES", [])
     columns = len(classes) or 8
-    size = BORDER + (64 if script.SCRIPT == "cgan_cifar10" else 56)
+    size = BORDER + (64 if name == "cgan_cifar10" else 56)
     files = {f"epoch {epoch}": f"samples/epoch_{epoch:04}.png" for epoch in args.epochs}
     if not args.animate:
         files["real"] = "real.png"
-    grids = {name: Image.open(folder / file).convert("RGB") for name, file in files.items()}
+    grids = {row: Image.open(folder / file).convert("RGB") for row, file in files.items()}
 
-    path = Path(__file__).parent.parent / "pictures" / script.SCRIPT
+    path = Path(__file__).parent.parent / "pictures" / name
     if args.animate:
         first = next(iter(grids.values()))
         width = first.width - 5 * size if classes else first.width
