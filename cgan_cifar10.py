@@ -198,12 +198,12 @@ class GAN:
             fake_logits = self.discriminator(augment(fake))
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
-        # without gradients of the discriminator's weights: faster
+        # inputs=: not the discriminator's weights, whose gradients aren't needed; nor frozen ones
         loss_g.backward(inputs=[p for p in self.generator.parameters() if p.requires_grad])
         average_gradients(self.generator)
         self.optimizer_g.step()
 
-        # the latest weights swing with the discriminator's: their average draws better images
+        # the generator's weights swing with the discriminator's; their average draws better images
         # (arXiv:1806.04498); polynomial decay: arXiv:1212.1824
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
@@ -275,7 +275,7 @@ def train(args, checkpoint):
         distributed.barrier()
     examples = ten_of_each(images, labels)
     own = slice(rank, len(images) // processes * processes, processes)  # equally many each
-    images = images[own].to(args.device)  # in memory, as bytes: no DataLoader
+    images = images[own].to(args.device)  # all fit in memory as uint8: no DataLoader
     labels = labels[own].to(args.device)
     batches = len(images) // args.batch_size  # in an epoch
     if batches == 0:
@@ -312,7 +312,7 @@ def train(args, checkpoint):
             real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
             losses.append(gan.step(real, labels[indices]))
             bar.update()
-            if i % args.log_every == 0 or i == batches:  # reading each step's would slow a GPU
+            if i % args.log_every == 0 or i == batches:  # .tolist() waits for the GPU
                 loss_d, loss_g = torch.stack(losses).mean(dim=0).tolist()
                 line = f"Generator loss: {loss_g:.3f}, discriminator loss: {loss_d:.3f}"
                 bar.write(f"Step {gan.steps}: {line}")

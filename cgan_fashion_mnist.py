@@ -41,7 +41,7 @@ CLASSES = datasets.FashionMNIST.classes  # names by label
 AVERAGE_DECAY = 10
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, clearer but less varied classes
-WRONG_STEPS = 10_000  # the share falls from 1 by 1 / WRONG_STEPS a step: clear classes early
+WRONG_STEPS = 10_000  # the share falls by 1 / WRONG_STEPS a step, from 1 to WRONG_SHARE
 NAME_SIZE = 15  # pixels, of the classes' names beside a grid
 BETA2 = 0.999  # Adam's
 PARTS = ["generator", "discriminator", "average", "optimizer_g", "optimizer_d"]  # of a GAN
@@ -177,11 +177,11 @@ class GAN:
             fake_logits = self.discriminator(fake)
         loss_g = generator_loss(pick(fake_logits, labels))
         self.optimizer_g.zero_grad()
-        # without gradients of the discriminator's weights: faster
+        # inputs=: not the discriminator's weights, whose gradients aren't needed; nor frozen ones
         loss_g.backward(inputs=[p for p in self.generator.parameters() if p.requires_grad])
         self.optimizer_g.step()
 
-        # the latest weights swing with the discriminator's: their average draws better images
+        # the generator's weights swing with the discriminator's; their average draws better images
         # (arXiv:1806.04498); polynomial decay: arXiv:1212.1824
         parameters = zip(self.average.parameters(), self.generator.parameters(), strict=True)
         for average, latest in parameters:
@@ -226,7 +226,7 @@ def train(args, checkpoint):
     folder = Path(args.output_dir)
     images, labels = load_images(args.data_dir)
     examples = ten_of_each(images, labels)
-    images = images.to(args.device)  # in memory, as bytes: no DataLoader
+    images = images.to(args.device)  # all fit in memory as uint8: no DataLoader
     labels = labels.to(args.device)
     batches = len(images) // args.batch_size  # in an epoch
     if batches == 0:
@@ -263,7 +263,7 @@ def train(args, checkpoint):
             real = images[indices] / 127.5 - 1  # to [-1, 1], as the generator gives
             losses.append(gan.step(real, labels[indices]))
             bar.update()
-            if i % args.log_every == 0 or i == batches:  # reading each step's would slow a GPU
+            if i % args.log_every == 0 or i == batches:  # .tolist() waits for the GPU
                 loss_d, loss_g = torch.stack(losses).mean(dim=0).tolist()
                 line = f"Generator loss: {loss_g:.3f}, discriminator loss: {loss_d:.3f}"
                 bar.write(f"Step {gan.steps}: {line}")
