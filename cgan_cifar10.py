@@ -186,8 +186,8 @@ class GAN:
             real_logits = self.discriminator(augment(real))
             fake_logits = self.discriminator(augment(fake.detach()))  # leaves the generator alone
         mislabelled = pick(real_logits, wrong).repeat(WRONG_WEIGHT)
-        negatives = torch.cat((pick(fake_logits, labels), mislabelled))
-        loss_d = discriminator_loss(pick(real_logits, labels), negatives)
+        fakes = torch.cat((pick(fake_logits, labels), mislabelled))
+        loss_d = discriminator_loss(pick(real_logits, labels), fakes)
         self.optimizer_d.zero_grad()
         loss_d.backward()
         average_gradients(self.discriminator)
@@ -485,8 +485,6 @@ def main(argv=None):
     add("--weights", help="generator for --generate (the output folder's)")
     args = parser.parse_args(argv)
 
-    checkpoint_path = Path(args.output_dir, "checkpoint.pt")
-    checkpoint = None
     if args.generate:
         weights = Path(args.weights or f"{args.output_dir}/generator.pt")
         if not weights.exists():
@@ -494,6 +492,8 @@ def main(argv=None):
         return generate(weights, args)
     if args.weights or args.label is not None:
         parser.error("--weights and --label go with --generate")
+    checkpoint = None
+    checkpoint_path = Path(args.output_dir, "checkpoint.pt")
     if args.resume:
         if not checkpoint_path.exists():
             parser.error(f"there is no {checkpoint_path} to go on from")

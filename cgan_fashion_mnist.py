@@ -165,9 +165,9 @@ class GAN:
             real_logits = self.discriminator(real)
             fake_logits = self.discriminator(fake.detach())  # leaves the generator alone
         share = max(WRONG_SHARE, 1 - self.steps / WRONG_STEPS)
-        mislabelled = pick(real_logits, wrong)[: max(1, int(share * len(real)))]
-        negatives = torch.cat((pick(fake_logits, labels), mislabelled))
-        loss_d = discriminator_loss(pick(real_logits, labels), negatives)
+        mislabelled = pick(real_logits, wrong)[: int(share * len(real))]
+        fakes = torch.cat((pick(fake_logits, labels), mislabelled))
+        loss_d = discriminator_loss(pick(real_logits, labels), fakes)
         self.optimizer_d.zero_grad()
         loss_d.backward()
         self.optimizer_d.step()
@@ -430,8 +430,6 @@ def main(argv=None):
     add("--weights", help="generator for --generate (the output folder's)")
     args = parser.parse_args(argv)
 
-    checkpoint_path = Path(args.output_dir, "checkpoint.pt")
-    checkpoint = None
     if args.generate:
         weights = Path(args.weights or f"{args.output_dir}/generator.pt")
         if not weights.exists():
@@ -441,6 +439,8 @@ def main(argv=None):
         parser.error("--weights and --label go with --generate")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("torchrun is for cgan_cifar10.py: here, each process would train alone")
+    checkpoint = None
+    checkpoint_path = Path(args.output_dir, "checkpoint.pt")
     if args.resume:
         if not checkpoint_path.exists():
             parser.error(f"there is no {checkpoint_path} to go on from")
