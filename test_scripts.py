@@ -155,7 +155,7 @@ def test_a_step_moves_every_weight_but_frozen_ones_and_the_average_follows(scrip
     for then, now in zip(before, weights, strict=True):
         assert torch.equal(then, now) != now.requires_grad
     assert not any(map(torch.equal, buffers, generator.buffers()))
-    decay = {"dcgan_mnist": 20, "cgan_fashion_mnist": 80}.get(script.__name__, 10)
+    decay = {"mlp_gan_mnist": 10, "cgan_fashion_mnist": 80}.get(script.__name__, 20)
     share = decay / (30 + decay)
     for average, then, now in zip(gan.average.parameters(), before, weights, strict=False):
         assert torch.allclose(average, torch.lerp(then, now, share), atol=1e-6)
