@@ -463,7 +463,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # other projects train for 200; the Frechet distance is 0.104 after 20 epochs, 0.055 after 48
+    # other projects train for 200; the Frechet distance is 0.102 after 20 epochs, 0.050 after 48
     add("--epochs", type=count, default=48, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
     # the DCGAN paper has batches of 128 and lr 2e-4; here 5e-4 was better than 3e-4 from the start
