@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # samples come from weights averaged over about the latest 1/20 of the steps
-AVERAGE_DECAY = 20  # Frechet distance 0.050; at 10, 0.056
+AVERAGE_DECAY = 20  # the README's Frechet distance is 0.050; at 10, 0.056
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_WEIGHT = 2  # how often a mislabelled image counts as fake, for clearer classes
 SHIFT = 1  # pixels, the shift's standard deviation; at 2, images teach a classifier less
@@ -211,7 +211,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_bn(self, batch_size, batches=50):
-        """Give the average's BatchNorm layers the statistics of what the average generates."""
+        """Before sampling, give the average's BatchNorm layers the statistics of its images."""
         self.average.train()  # so that BatchNorm collects them
         for _ in range(batches):
             labels = torch.randint(len(CLASSES), (batch_size,))
@@ -383,7 +383,7 @@ def save(state, path):
 
 
 def save_grid(images, path, columns=None):
-    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, by default as a square."""
+    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, by default about square."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = columns or math.ceil(math.sqrt(len(images)))
     save_image(F.interpolate(images, scale_factor=2), path, nrow=columns, pad_value=0.5)
@@ -431,7 +431,7 @@ def save_losses(history, folder):
 
 
 def find_label(text):
-    """Return the label of the class that `text` names, in any case, or numbers, for argparse."""
+    """Return a class's label, for argparse, from its name, in any case, or the label itself."""
     for names in ([name.lower() for name in CLASSES], [str(i) for i in range(len(CLASSES))]):
         if text.lower() in names:
             return names.index(text.lower())
@@ -463,7 +463,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # other projects train for 200; the Frechet distance is 0.102 after 20 epochs, 0.050 after 48
+    # other projects train for 200; the README's distance is 0.102 after 20 epochs, 0.050 after 48
     add("--epochs", type=count, default=48, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images in a step (%(default)s)")
     # the DCGAN paper has batches of 128 and lr 2e-4; here 5e-4 was better than 3e-4 from the start

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 CLASSES = datasets.FashionMNIST.classes  # names by label
 # samples come from weights averaged over about the latest 1/80 of the steps
-AVERAGE_DECAY = 80  # Frechet distance 0.028; at 10, 0.035
+AVERAGE_DECAY = 80  # the README's Frechet distance is 0.028; at 10, 0.035
 LABEL_SCALE = 3  # one-hot labels are multiplied by it: classes become clear sooner
 WRONG_SHARE = 1 / 8  # of the real images; with more wrong labels, clearer but less varied classes
 WRONG_STEPS = 10_000  # the share falls by 1 / WRONG_STEPS a step, from 1 to WRONG_SHARE
@@ -189,7 +189,7 @@ class GAN:
         return torch.stack((loss_d, loss_g)).detach()
 
     def update_bn(self, batch_size, batches=50):
-        """Give the average's BatchNorm layers the statistics of what the average generates."""
+        """Before sampling, give the average's BatchNorm layers the statistics of its images."""
         self.average.train()  # so that BatchNorm collects them
         for _ in range(batches):
             labels = torch.randint(len(CLASSES), (batch_size,))
@@ -329,7 +329,7 @@ def save(state, path):
 
 
 def save_grid(images, path, columns=None):
-    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, by default as a square."""
+    """Save images (n, C, H, W) in [0, 1] as a PNG of twice their size, by default about square."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = columns or math.ceil(math.sqrt(len(images)))
     save_image(F.interpolate(images, scale_factor=2), path, nrow=columns, pad_value=0.5)
@@ -377,7 +377,7 @@ def save_losses(history, folder):
 
 
 def find_label(text):
-    """Return the label of the class that `text` names, in any case, or numbers, for argparse."""
+    """Return a class's label, for argparse, from its name, in any case, or the label itself."""
     for names in ([name.lower() for name in CLASSES], [str(i) for i in range(len(CLASSES))]):
         if text.lower() in names:
             return names.index(text.lower())
