@@ -377,7 +377,7 @@ def save_losses(history, folder):
 
 
 def find_label(text):
-    """Return a class's label, for argparse, from its name, in any case, or the label itself."""
+    """Return the label of a class, for argparse, from its name, in any case, or its number."""
     for names in ([name.lower() for name in CLASSES], [str(i) for i in range(len(CLASSES))]):
         if text.lower() in names:
             return names.index(text.lower())
